@@ -1,0 +1,34 @@
+# Every target makes the environment it needs: .venv, from the exact versions in requirements.lock, without torch.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: run test test-all lint lock clean
+
+run: .venv/ready
+	$(RUN) -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
+
+test: .venv/ready
+	$(RUN) -m pytest -m "not slow"
+
+test-all: .venv/ready
+	$(RUN) -m pytest
+
+lint: .venv/ready
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+# Needs uv; resolves pyproject.toml anew. Torch and what only torch needs are left out: vitmed never imports them.
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --extra medical --extra hub --extra dev \
+	    --no-annotate --no-header --no-emit-index-url --output-file requirements.lock \
+	    $(foreach name,torch torchvision jinja2 markupsafe mpmath sympy setuptools,--no-emit-package $(name))
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitmed needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build dist vitmed.egg-info .pytest_cache .ruff_cache
