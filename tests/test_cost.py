@@ -1,0 +1,145 @@
+"""The arithmetic of cost against the study's table, published counts and closed forms."""
+
+import pytest
+
+from vitmed import config, cost
+
+WIDTHS = {"Ti": 192, "S": 384, "B": 768}
+# GMACs per forward pass as the study's table prints them, by patch size.
+TABLE_2D = {
+    28: (2, {"Ti": ".011", "S": ".043", "B": ".17"}),
+    14: (5, {"Ti": ".027", "S": ".106", "B": ".43"}),
+    7: (17, {"Ti": ".092", "S": ".364", "B": "1.45"}),
+    4: (50, {"Ti": ".277", "S": "1.09", "B": "4.29"}),
+    2: (197, {"Ti": "1.23", "S": "4.54", "B": "17.4"}),
+    1: (785, {"Ti": "7.01", "S": "22.3", "B": "78.0"}),
+}
+TABLE_3D = {
+    28: (2, {"Ti": ".011", "S": ".04"}),
+    14: (9, {"Ti": ".05", "S": ".19"}),
+    7: (65, {"Ti": ".36", "S": "1.42"}),
+    4: (344, {"Ti": "2.37", "S": "8.39"}),
+    2: (2745, {"Ti": "49.3", "S": "128"}),
+    1: (21953, {"Ti": "2337", "S": "4908"}),
+}
+
+
+def vit(image_size, patch_size, *, width, in_channels=3, **more):
+    return {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "width": width,
+        "depth": 12,
+        "mlp_width": 4 * width,
+        **more,
+    }
+
+
+def last_digit(text):
+    """One unit of the last printed digit."""
+    return 10.0 ** -len(text.partition(".")[2])
+
+
+@pytest.mark.parametrize("patch", TABLE_2D)
+def test_the_studys_table_in_2d(patch):
+    tokens, row = TABLE_2D[patch]
+    assert cost.num_tokens((28, 28), (patch, patch)) == tokens
+    for name, printed in row.items():
+        gmacs = cost.gmacs_forward(**vit((28, 28), (patch, patch), width=WIDTHS[name]), num_classes=2)
+        # The table mixes counts with and without the patch embedding, which moves .1073 to its .106 and .3645 to its .364.
+        assert gmacs == pytest.approx(float(printed), abs=1.5 * last_digit(printed)), name
+
+
+@pytest.mark.parametrize("patch", TABLE_3D)
+def test_the_studys_table_in_3d_is_the_blocks_alone(patch):
+    tokens, row = TABLE_3D[patch]
+    assert cost.num_tokens((28,) * 3, (patch,) * 3) == tokens
+    for name, printed in row.items():
+        gmacs = cost.gmacs_forward(**vit((28,) * 3, (patch,) * 3, width=WIDTHS[name]), num_classes=0)
+        embedding = 28**3 * 3 * WIDTHS[name] / 1e9  # each voxel meets one kernel entry per output, whatever the patch
+        digits = len(printed.partition(".")[2])
+        assert f"{gmacs - embedding:.{digits}f}".lstrip("0") == printed, name
+
+
+def test_a_3d_patch_embedding_is_more_than_half_of_the_cost_of_one_patch():
+    total = cost.gmacs_forward(**vit((28,) * 3, (28,) * 3, width=192), num_classes=0)
+    assert total == pytest.approx(0.0233, abs=5e-5)
+    gray = cost.gmacs_forward(**vit((28,) * 3, (28,) * 3, width=192, in_channels=1), num_classes=0)
+    assert total - gray == pytest.approx(2 * 28**3 * 192 / 1e9)
+
+
+@pytest.mark.parametrize(("name", "params", "gmacs"), [("Ti", 5_717_416, 1.3), ("S", 22_050_664, 4.6), ("B", 86_567_656, 17.6)])
+def test_published_counts_at_224(name, params, gmacs):
+    """Parameters as timm prints them for patch16_224 with 1000 classes; GMACs from the DeiT paper, one digit."""
+    size = vit((224, 224), (16, 16), width=WIDTHS[name], num_classes=1000)
+    assert cost.num_params(**size) == params
+    assert cost.gmacs_forward(**size) == pytest.approx(gmacs, abs=0.051)
+
+
+def test_params_of_a_small_model_counted_tensor_by_tensor():
+    kernel, cls, positions = 2 * 7 * 7 * 1 * 8 + 8, 8, (1 + 14 * 4 * 4) * 8
+    block = (8 + 8) + (8 * 24 + 24) + (8 * 8 + 8) + (8 + 8) + (8 * 20 + 20) + (20 * 8 + 8)
+    head = 8 * 3 + 3
+    sizes = {"image_size": (28, 28, 28), "patch_size": (2, 7, 7), "in_channels": 1, "width": 8, "depth": 2, "mlp_width": 20}
+    assert cost.num_params(**sizes, num_classes=3) == kernel + cls + positions + 2 * block + (8 + 8) + head
+    with_registers = cost.num_params(**sizes, num_classes=3, num_prefix_tokens=5)
+    assert with_registers - cost.num_params(**sizes, num_classes=3) == 2 * 4 * 8  # each is a token and a position
+
+
+def test_macs_of_a_small_model_product_by_product():
+    n, d, m = 5, 8, 20
+    block = n * d * 3 * d + n * n * d + n * n * d + n * d * d + n * d * m + n * m * d
+    expected = 4 * (14 * 14 * 3) * d + 2 * block + d * 7
+    sizes = {"image_size": (28, 28), "patch_size": (14, 14), "in_channels": 3, "width": d, "depth": 2, "mlp_width": m}
+    assert cost.gmacs_forward(**sizes, num_classes=7) == pytest.approx(expected / 1e9, rel=1e-12)
+
+
+def test_patches_of_any_rank():
+    assert cost.grid((28, 28, 28), (1, 7, 14)) == (28, 4, 2)
+    assert cost.num_patches((28, 28, 28), (1, 7, 14)) == 28 * 4 * 2
+    assert cost.num_patches((12,), (3,)) == 4
+    assert cost.num_patches([64, 32], [8, 8]) == 32
+    assert cost.num_tokens((28, 28), (7, 7), num_prefix_tokens=5) == 21
+    assert cost.divisors(28) == [1, 2, 4, 7, 14, 28]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "says"),
+    [
+        ((28, 28), (5, 7), "5 does not divide the 28 pixels of axis height .* allowed there: 1, 2, 4, 7, 14, 28$"),
+        ((28, 30), (7, 7), "axis width .* allowed there: 1, 2, 3, 5, 6, 10, 15, 30$"),
+        ((9, 28, 28), (2, 7, 7), "axis depth .* allowed there: 1, 3, 9$"),
+        ((28, 28), (56, 56), "56 does not divide"),
+        ((28, 28), (0, 7), "0 does not divide"),
+        ((28, 28), (-7, 7), "-7 does not divide"),
+        ((28, 28), (7, 7, 7), "has 3 entries and image_size .* has 2"),
+        ((0, 28), (1, 1), "at least 1"),
+        ((), (), "one per axis"),
+    ],
+)
+def test_a_patch_that_does_not_divide_is_refused_with_those_that_do(image_size, patch_size, says):
+    for refuses in (cost.grid, cost.num_patches, cost.num_tokens):
+        with pytest.raises(config.InputError, match=says):
+            refuses(image_size, patch_size)
+
+
+def test_training_memory_by_hand():
+    sizes = {"image_size": (28, 28), "patch_size": (14, 14), "in_channels": 1, "width": 8, "depth": 2, "mlp_width": 32}
+    n, d, m, heads = 5, 8, 32, 2
+    kept = 28 * 28 + 2 * (8 * n * d + 2 * n * m + heads * n * n) + 2 * n * d
+    assert cost.activations_per_example(**sizes, num_heads=heads) == kept
+    assert cost.activations_per_example(**sizes, num_heads=heads, keeps_attention=False) == kept - 2 * heads * n * n
+    params = cost.num_params(**sizes, num_classes=3)
+    step = {**sizes, "num_heads": heads, "num_classes": 3, "batch_size": 16}
+    assert cost.training_memory(**step) == 5 * 4 * params + 16 * kept * 4
+    assert cost.training_memory(**step, num_runs=3) == 3 * (5 * 4 * params + 16 * kept * 4)
+    assert cost.training_memory(**step, num_runs=3, runs_at_once=1) == 3 * 4 * 4 * params + 4 * params + 16 * kept * 4
+    assert cost.training_memory(**step, bytes_per_activation=2) == 5 * 4 * params + 16 * kept * 2
+
+
+def test_the_attention_matrix_is_what_small_patches_cost():
+    kept = {p: cost.activations_per_example(**vit((28, 28), (p, p), width=192, num_heads=3)) for p in (4, 1)}
+    without = {p: cost.activations_per_example(**vit((28, 28), (p, p), width=192, num_heads=3), keeps_attention=False) for p in (4, 1)}
+    assert 1 - without[4] / kept[4] < 0.05
+    assert 1 - without[1] / kept[1] > 0.4

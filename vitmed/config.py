@@ -1,0 +1,240 @@
+"""From the command line to a checked config: `--config=file.py:key=value,...`, `--config.field=value`, and errors made readable.
+
+InputError is what a user can cause: one line, exit status 2, nothing written. MachineError is the machine's own trouble: exit status 1.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import importlib.util
+import math
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+
+
+class InputError(ValueError):
+    """Wrong input: one line that says what came, what is allowed and how to mend it; exit status 2, nothing written."""
+
+
+class MachineError(RuntimeError):
+    """Trouble of the machine, not of the input (disk full, folder locked, no network): one line; exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop and its state is saved; `signum` is the signal."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, or all of them where none is, as words for an error."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(names)}"
+
+
+# --- config files and their arguments -------------------------------------------------------------------------------------------
+
+
+def find_file(path: str) -> pathlib.Path:
+    """The config file as given, else the one of that name that comes with the package."""
+    given = pathlib.Path(path)
+    if given.is_file():
+        return given
+    for folder in (pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parent.parent / "configs"):
+        if (folder / given.name).is_file() and given.parent.name in ("", "configs"):
+            return folder / given.name
+    raise InputError(f"--config={path}: no such file; give the path of a config, such as configs/vit2d.py")
+
+
+def load_module(path: str) -> Any:
+    """The config file as a module: code that the user trusts. InputError where it cannot be imported or has no get_config."""
+    file = find_file(path)
+    spec = importlib.util.spec_from_file_location(f"vitmed_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--config={path}: not a Python file; give one ending in .py")
+    module = importlib.util.module_from_spec(spec)
+    with _errors_of(file):
+        spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config={path}: has no get_config(arg); see configs/vit2d.py for one")
+    return module
+
+
+@contextlib.contextmanager
+def _errors_of(file: pathlib.Path) -> Iterable[None]:
+    """Name file and line where a config file itself goes wrong."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, KeyError, ValueError, OSError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
+        raise InputError(f"{file}, line {line}: {type(error).__name__}: {error}; mend the config file") from error
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+    """The config of `file.py` or `file.py:arguments` (only the first colon splits), with `field=value` overrides on top."""
+    path, _, argument = spec.partition(":")
+    module = load_module(path)
+    with _errors_of(find_file(path)):
+        config = module.get_config(argument)
+    for field, text in (overrides or {}).items():
+        override(config, field, text)
+    return config
+
+
+def arguments(text: str, **defaults: Any) -> dict[str, Any]:
+    """Parse a config file's `key=value,key=value` by the types of the defaults; `patch` may be written 7 or 2x7x7."""
+    values = dict(defaults)
+    for item in filter(None, text.split(",")):
+        key, separator, value = item.partition("=")
+        if key not in defaults:
+            raise InputError(f"config argument {key!r} is unknown; {nearest(key, defaults)}")
+        if not separator:
+            raise InputError(f"config argument {key!r} has no value; write {key}={_example(defaults[key])}")
+        values[key] = parse(f"config argument {key}", value, defaults[key])
+    return values
+
+
+def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
+    """Set one field from its text, by the type that it has; InputError for an unknown field or a value that does not fit."""
+    fields = flatten(config.to_dict())
+    if field not in fields:
+        raise InputError(f"--config.{field}: no such field; {nearest(field, fields)}")
+    *parents, leaf = field.split(".")
+    owner = config
+    for parent in parents:
+        owner = owner[parent]
+    with owner.ignore_type():
+        owner[leaf] = parse(f"--config.{field}", text, fields[field])
+
+
+def parse(name: str, text: str, like: Any) -> Any:
+    """The value written in `text`, of the type of `like`; where `like` is 'auto', numbers or a word."""
+    if like == "auto":
+        with contextlib.suppress(ValueError, SyntaxError):
+            return _numbers(text, float)
+    if isinstance(like, str):
+        return text
+    try:
+        if isinstance(like, tuple):
+            return _numbers(text, type(like[0]) if like else int)
+        if isinstance(like, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        value = float(text)
+        if isinstance(like, int) and value != int(value):
+            raise ValueError("not a whole number")
+        return type(like)(value)
+    except (ValueError, KeyError, SyntaxError, TypeError, OverflowError) as error:
+        kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(like)]
+        raise InputError(f"{name}={text}: not {kind}; write {name}={_example(like)}") from error
+
+
+def _numbers(text: str, kind: type) -> tuple[Any, ...]:
+    """'7', '2x7x7', '0,1,2' and '(0, 1, 2)' as a tuple of numbers."""
+    parts = text.replace("x", ",").strip("()[] ").strip(",").split(",")
+    values = [ast.literal_eval(part.strip()) for part in parts]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value for value in values):
+        raise ValueError("not all numbers")
+    return tuple(kind(value) for value in values)
+
+
+def _example(like: Any) -> str:
+    return ",".join(map(str, like)) if isinstance(like, tuple) else str(like)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- values ---------------------------------------------------------------------------------------------------------------------
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """InputError 'name=value: must be allowed' unless the condition holds."""
+    if not condition:
+        raise InputError(f"{name}={_example(value)}: must be {allowed}")
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    """`value` where it is one of the allowed words."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise InputError(f"{name}={value}: unknown; {nearest(value, allowed)}")
+    return value
+
+
+def per_axis(name: str, value: Sequence[int], rank: int) -> tuple[int, ...]:
+    """One entry per axis; a single entry stands for all of them."""
+    require(all(entry >= 1 for entry in value), name, tuple(value), "positive")
+    require(len(value) in (1, rank), name, tuple(value), f"one number, or {rank} for {rank} axes")
+    return tuple(value) * rank if len(value) == 1 else tuple(value)
+
+
+def finite(name: str, value: float, *, least: float = -math.inf, most: float = math.inf) -> float:
+    """`value` where it is a finite number within bounds."""
+    require(math.isfinite(value) and least <= value <= most, name, value, f"a finite number from {least:g} to {most:g}")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors: one line, exit status 2."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def parse_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The parser's own flags, and the overrides given as `--config.field=value` or `--config.field value`."""
+    namespace, rest = parser.parse_known_args(list(argv))
+    overrides: dict[str, str] = {}
+    while rest:
+        flag, separator, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config.") or not flag.removeprefix("--config."):
+            known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+            raise InputError(f"{flag}: no such flag; {nearest(flag, known)}")
+        if not separator:
+            if not rest:
+                raise InputError(f"{flag}: has no value; write {flag}=VALUE")
+            value = rest.pop(0)
+        overrides[flag.removeprefix("--config.")] = value
+    return namespace, overrides
+
+
+def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Call a CLI's main and turn what users and machines cause into one line on stderr and the contract's exit status."""
+    try:
+        return main(argv)
+    except InputError as error:
+        return _complain(error, 2)
+    except MachineError as error:
+        return _complain(error, 1)
+    except OSError as error:  # a full disk, a folder removed under the run, a lost network drive
+        return _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; the last checkpoint is intact", 1)
+    except Stopped as stop:
+        return 130 if stop.signum == 2 else 75
+    except KeyboardInterrupt:
+        return 130
+
+
+def _complain(message: object, status: int) -> int:
+    print(f"vitmed: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
