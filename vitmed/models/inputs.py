@@ -1,0 +1,28 @@
+"""From stored bytes to what the network sees: one function for training, evaluation, prediction and export."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def prepare(
+    images: jax.Array,
+    *,
+    in_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augment: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """uint8 [B, *S, C] -> float32 [B, *S, in_channels], (x / 255 - mean) / std; gray is copied to every channel.
+
+    `augment` acts on the values in [0, 1] before channels are copied, so gray images are augmented once. `mean` and `std` have one
+    entry, or one per channel.
+    """
+    if images.shape[-1] not in (1, in_channels):
+        raise ValueError(f"images have {images.shape[-1]} channels; this model takes 1 or {in_channels}")
+    values = images.astype(jnp.float32) / 255.0
+    if augment is not None:
+        values = augment(values)
+    values = jnp.broadcast_to(values, (*values.shape[:-1], in_channels))
+    return (values - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
