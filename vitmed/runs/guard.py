@@ -1,0 +1,116 @@
+"""One process per run folder, and signals that end a run tidily instead of in the middle of a step.
+
+The lock is the kernel's (flock): it goes with the process that holds it, however that process dies, and knows no stale pids.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Self
+
+from vitmed import config
+
+LOCK_NAME = ".lock"
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # EACCES: NFS, which makes flock a POSIX lock
+UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike) -> Iterator[None]:
+    """Hold the existing run folder `path` for this process; MachineError that names the holder if another process has it.
+
+    Where the file system has no locks the run goes on without one, after a line on stderr.
+    """
+    file = pathlib.Path(path) / LOCK_NAME
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise config.MachineError(f"{path} cannot be locked: {error.strerror or error}") from error
+    try:
+        if locked := _try_lock(descriptor, folder=pathlib.Path(path)):
+            _sign(descriptor)
+        try:
+            yield
+        finally:
+            if locked:  # said aloud, since closing alone keeps the lock for forked children
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)  # the file stays: removing it would let two processes lock two files of one name
+
+
+def _try_lock(descriptor: int, *, folder: pathlib.Path) -> bool:
+    """Take the lock; False where the file system has none, MachineError where another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in UNSUPPORTED:
+            print(f"vitmed: {folder} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
+            return False
+        if error.errno not in HELD:
+            raise config.MachineError(f"{folder} cannot be locked: {error.strerror or error}") from error
+        holder = _holder(descriptor)
+        raise config.MachineError(f"{folder} is in use by {holder}; wait for it to end or give another --workdir") from error
+    return True
+
+
+def _sign(descriptor: int) -> None:
+    """Write who holds the lock, for the message of who comes next."""
+    started = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+    with contextlib.suppress(OSError):  # a full disk does not break the lock, only the message
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode() + b"\n", 0)
+
+
+def _holder(descriptor: int) -> str:
+    """Say who signed the lock file: it may be half written, or by another hand."""
+    try:
+        signed = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {signed['pid']} on {signed['host']} since {signed['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+class Signals:
+    """Within the context, SIGTERM and SIGINT only set `requested` (the first signal's number); a second SIGINT interrupts at once.
+
+    Handlers belong to the main thread: in any other the context does nothing. Former handlers return at the end.
+    """
+
+    def __init__(self):
+        self.requested: int | None = None
+        self._interrupted = False
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._former[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for signum, handler in self._former.items():
+            # None is a handler that was not installed from Python, which Python cannot put back.
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._former.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested is None:
+            self.requested = int(signum)
+        if signum != signal.SIGINT:
+            return
+        if self._interrupted:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self._interrupted = True

@@ -1,0 +1,55 @@
+"""On what a run ran: the device's name, its peak memory, the versions of what computed and stored; and where programs are cached."""
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+from collections.abc import Iterable
+
+import jax
+
+PACKAGES = ("vitmed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def peak_memory_bytes(devices: Iterable[jax.Device]) -> int:
+    """The largest peak of one of the devices where all tell theirs, else of this process."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if all("peak_bytes_in_use" in one for one in stats):
+        return int(max(one["peak_bytes_in_use"] for one in stats))
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(devices: Iterable[jax.Device]) -> str:
+    """Such as 'NVIDIA H200 x 2' or 'cpu (x86_64)'."""
+    first, *others = devices
+    kind = f"cpu ({platform.machine()})" if first.platform == "cpu" else first.device_kind
+    return f"{kind} x {1 + len(others)}" if others else kind
+
+
+def versions() -> dict[str, str]:
+    """Versions by package, and Python's."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def cache_programs() -> None:
+    """Keep compiled programs in the user's cache folder, so that the second run of a model starts at once.
+
+    JAX_COMPILATION_CACHE_DIR names another folder. Processors with other instruction sets that share a home do not share programs.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "vitmed" / f"programs-{_instruction_set()}"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _instruction_set() -> str:
+    """A short name for what this processor can execute."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
