@@ -148,13 +148,20 @@ def test_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
         ("", {"data.placement": "moon"}, ["moon", "device"]),
         ("", {"augment.crop_scale": "0.8"}, ["augment.crop_scale=0.8", "two positive numbers"]),
         ("", {"augment.flip_w": "2"}, ["augment.flip_w=2"]),
-        ("", {"mesh.data": "64"}, ["mesh.data=64", "devices"]),
-        ("", {"mesh.fsdp": "0"}, ["mesh.fsdp=0"]),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_before_data_are_read(argument, overrides, words):
     with pytest.raises(config.InputError) as error:
         experiment.plan(config.load(f"{VIT2D}:{argument}", overrides))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"), [({"mesh.data": "64"}, ["mesh.data=64", "devices"]), ({"mesh.fsdp": "0"}, ["mesh.fsdp=0", "positive"])]
+)
+def test_a_mesh_that_the_devices_do_not_make_is_refused(overrides, words):
+    with pytest.raises(config.InputError) as error:
+        _ = experiment.plan(config.load(VIT2D, overrides)).mesh
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -221,6 +222,11 @@ def parse_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace
 
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Call a CLI's main and turn what users and machines cause into one line on stderr and the contract's exit status."""
+
+    def stop(signum: int, frame: object) -> NoReturn:
+        raise Stopped(signum)
+
+    former = signal.signal(signal.SIGTERM, stop)
     try:
         return main(argv)
     except InputError as error:
@@ -228,11 +234,14 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except MachineError as error:
         return _complain(error, 1)
     except OSError as error:  # a full disk, a folder removed under the run, a lost network drive
-        return _complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; the last checkpoint is intact", 1)
-    except Stopped as stop:
-        return 130 if stop.signum == 2 else 75
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}; mend that and run the same command again", 1)
+    except Stopped as stopped:
+        return 130 if stopped.signum == signal.SIGINT else 75
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _complain(message: object, status: int) -> int:

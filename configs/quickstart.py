@@ -1,0 +1,31 @@
+"""See the effect of patch size in a few minutes on a laptop: a small ViT from scratch on generated images and volumes.
+
+    python -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
+
+The phantoms are synthetic: specks against a smooth blob of the same mean and size, so that the class is a fine structure. What they show
+is how the program works, not what patch size is worth on medical images; configs/vit2d.py and vit3d.py are for those.
+"""
+
+import pathlib
+
+import ml_collections
+
+from vitmed import config as config_lib
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one run; arguments: dataset (phantom2d, phantom3d), patch, variant, size, pretrained."""
+    given = config_lib.arguments(arg, dataset="phantom2d", patch=(7,), variant="vit_mini", size=28, pretrained="")
+    recipe = {"phantom3d": "vit3d.py"}.get(given["dataset"], "vit2d.py")
+    config = config_lib.load(str(pathlib.Path(__file__).with_name(recipe)))
+    config.seeds = (0, 1)
+    config.data.update(name=given["dataset"], size=given["size"])
+    config.model.update(variant=given["variant"], patch_size=given["patch"], pretrained=given["pretrained"])
+    config.train.update(epochs=20, batch_size=32, learning_rate=1e-3)
+    return config
+
+
+def sweep() -> list[dict[str, str]]:
+    """Images at four patch sizes, volumes at two."""
+    images = [{"dataset": "phantom2d", "patch": str(patch)} for patch in (28, 14, 7, 4)]
+    return images + [{"dataset": "phantom3d", "patch": str(patch)} for patch in (14, 7)]

@@ -1,0 +1,73 @@
+"""The study's recipe in 2D (arXiv 2602.18614 at its date): AdamW 1e-4, batch 8, 100 epochs, three seeds.
+
+    python -m vitmed.main --config=configs/vit2d.py:dataset=breastmnist,patch=7 --workdir=runs/breast_p7
+
+Arguments: dataset (a 2D MedMNIST set or phantom2d), patch (7, or 7x14), variant (vit_ti, vit_s, vit_b, vit_l), size (28, 64, 128, 224),
+pretrained (empty: from scratch). Every field below is a flag: --config.train.epochs=20.
+"""
+
+import ml_collections
+
+from vitmed import config as config_lib
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one run; see the module's docstring for the arguments."""
+    given = config_lib.arguments(arg, dataset="breastmnist", patch=(7,), variant="vit_ti", size=28, pretrained="")
+    config = ml_collections.ConfigDict()
+    config.seeds = (0, 1, 2)  # one independent run each, trained together
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = given["dataset"]
+    config.data.rank = 2  # axes of an image: what this recipe is for
+    config.data.size = given["size"]  # pixels along each axis
+    config.data.root = ""  # folder of .npz files; empty: $VITMED_DATA, then ~/.medmnist
+    config.data.verify = True  # refuse a file whose MD5 is not the official one
+    config.data.placement = "auto"  # where the training images live: device, host, auto (device where they fit)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.variant = given["variant"]
+    config.model.patch_size = given["patch"]  # pixels; one entry stands for all axes
+    config.model.pretrained = given["pretrained"]
+    config.model.in_channels = 3  # gray images are copied to three
+    config.model.mean = "auto"  # of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel
+    config.model.std = "auto"
+    config.model.pooling = "cls"  # cls or mean
+    config.model.drop_path = 0.0  # stochastic depth: the rate of the last block
+    config.model.dtype = "float32"  # of the arithmetic: float32 or bfloat16; parameters are float32
+
+    config.train = ml_collections.ConfigDict()
+    config.train.epochs = 100
+    config.train.batch_size = 8  # images per step of one seed
+    config.train.learning_rate = 1e-4
+    config.train.lr_step_epochs = 30  # the learning rate is multiplied by lr_gamma after each so many epochs
+    config.train.lr_gamma = 0.5
+    config.train.weight_decay = 0.05  # on every parameter, as in the study
+    config.train.beta1 = 0.9
+    config.train.beta2 = 0.999
+    config.train.epsilon = 1e-8
+    config.train.checkpoint_seconds = 60.0  # least time between two checkpoints
+
+    config.augment = ml_collections.ConfigDict()
+    config.augment.crop_scale = (0.8, 1.0)  # share of the image's area
+    config.augment.crop_ratio = (3 / 4, 4 / 3)  # width / height
+    config.augment.rotation_degrees = 15.0  # at most, either way
+    config.augment.flip_h = 0.0  # probability of turning the image upside down
+    config.augment.flip_w = 0.5  # probability of exchanging left and right
+    config.augment.quarter_turns = False  # 0, 90, 180 or 270 degrees
+    config.augment.brightness = 0.2  # largest change of a factor around 1
+    config.augment.contrast = 0.2
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.batch_size = 64  # images
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # devices over which a batch is split; -1: those that fsdp leaves
+    config.mesh.fsdp = 1  # devices over which parameters and optimiser state are split
+    return config
+
+
+def sweep() -> list[dict[str, str]]:
+    """The study's patch sizes on the 2D sets with one label per image."""
+    datasets = ("pathmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist", "bloodmnist")
+    return [{"dataset": dataset, "patch": str(patch)} for dataset in datasets for patch in (28, 14, 7, 4, 2, 1)]

@@ -1,0 +1,164 @@
+"""Measure finished runs from their checkpoints alone: `python -m vitmed.evaluate --workdir=DIR`; several folders make an ensemble.
+
+The members of an ensemble may differ in patch size, variant and recipe, not in data: their probabilities are averaged seed by seed.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+import rich.console
+import rich.table
+
+from vitmed import config as config_lib
+from vitmed import experiment, metrics
+from vitmed.data import sources
+from vitmed.runs import checkpoint, folder, machine
+from vitmed.study import tables
+from vitmed.training import evaluation, loop, programs, step
+
+SPLITS = ("train", "val", "test")
+EXAMPLES = """examples:
+  python -m vitmed.evaluate --workdir=runs/breast_p7
+  python -m vitmed.evaluate --workdir=runs/breast_p4 --workdir=runs/breast_p7 --out=ensemble.json
+  python -m vitmed.evaluate --workdir=runs/breast_p7 --split=val --data_root=/data/medmnist"""
+
+
+def make_parser() -> config_lib.Parser:
+    """The flags."""
+    parser = config_lib.Parser(prog="vitmed.evaluate", description="Measure runs from their checkpoints.", epilog=EXAMPLES)
+    parser.add_argument("--workdir", required=True, action="append", metavar="DIR", help="a run's folder; given several times: an ensemble")
+    parser.add_argument("--split", default="test", metavar="SPLIT", help=f"one of {', '.join(SPLITS)} (default: test)")
+    parser.add_argument("--data_root", metavar="DIR", help="folder of .npz files, where it is not the one that the run used")
+    parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run's predictions [R, N, K] of a split, with what must agree between the members of an ensemble."""
+
+    path: pathlib.Path
+    description: sources.Description
+    seeds: tuple[int, ...]
+    failed: list[bool]
+    labels: np.ndarray
+    predictions: evaluation.Predictions
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate and print; the exit status."""
+    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    machine.cache_programs()
+    if overrides:
+        raise config_lib.InputError(f"--config.{next(iter(overrides))}: a run's config is its own; vitmed.evaluate takes no overrides")
+    config_lib.one_of("--split", flags.split, SPLITS)
+    out = _writable(flags.out)
+    members = [predict(pathlib.Path(path), split=flags.split, data_root=flags.data_root) for path in flags.workdir]
+    measured, warnings = measure(members)
+    for warning in warnings:
+        print(f"vitmed: {flags.split}: {warning}", file=sys.stderr)
+    show(members, flags.split, measured)
+    if out:
+        record = {"workdirs": flags.workdir, "dataset": members[0].description.name, "seeds": members[0].seeds, flags.split: measured}
+        folder.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
+    failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
+    if failed:
+        print(f"vitmed: failed seeds {', '.join(map(str, failed))} are left out", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _writable(out: str | None) -> pathlib.Path | None:
+    """The file to write; InputError before any work is done where it cannot be."""
+    if out is None:
+        return None
+    path = pathlib.Path(out)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise config_lib.InputError(f"--out={out}: not a file in an existing folder; name one")
+    return path
+
+
+def predict(path: pathlib.Path, *, split: str, data_root: str | None) -> Member:
+    """Restore a run's best parameters and take them over a split, by the very program that training used."""
+    run_folder = folder.RunFolder(path)
+    config = restored_config(run_folder, data_root)
+    planned = experiment.plan(config)
+    dataset = planned.load()
+    schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
+    recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch)
+    with checkpoint.Checkpoints(run_folder.checkpoints, read_only=True) as checkpoints:
+        best, progress = restore(recipe, checkpoints, path)
+    if progress.data_md5 != dataset.md5:
+        raise config_lib.InputError(f"{path}: trained on data of MD5 {progress.data_md5}, these have {dataset.md5}; give --data_root")
+    if progress.chunk < schedule.num_chunks:
+        print(f"vitmed: {path}: not finished, {len(progress.rows)} of {schedule.epochs} epochs", file=sys.stderr)
+    images, labels = dataset.splits[split].images, dataset.splits[split].labels
+    batch_size = config.eval.batch_size
+    program, _ = programs.compile_predict(recipe, images, labels, batch_size=batch_size)
+    predictions = evaluation.predict(program, best.params, images, labels, batch_size=batch_size)
+    return Member(path, planned.description, planned.seeds, progress.failed, labels, predictions)
+
+
+def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
+    """The config of a run, looking for its data in `data_root` where given, and on this machine's devices."""
+    config = ml_collections.ConfigDict(run_folder.read_config(), convert_dict=True)
+    try:
+        config.mesh.update(data=-1, fsdp=1)
+        if data_root is not None:
+            config.data.root = data_root
+    except (AttributeError, KeyError) as error:
+        raise config_lib.InputError(f"{run_folder.path}: config.json is not one of this version ({error})") from error
+    return config
+
+
+def restore(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, path: pathlib.Path) -> tuple[step.Best, loop.Progress]:
+    """Best parameters and how far the run has come; InputError where it has none yet."""
+    latest = checkpoints.latest()
+    if latest is None:
+        raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
+    _, best = recipe.abstract()
+    items = checkpoints.restore(latest, best=best, progress=None)
+    progress = loop.Progress(**items["progress"])
+    if not progress.rows:
+        raise config_lib.InputError(f"{path}: no epoch is complete, so there are no best parameters yet; train on with vitmed.main")
+    return items["best"], progress
+
+
+def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of one run, as training measures them, or of the mean of several runs' probabilities, seed by seed."""
+    first = members[0]
+    for other in members[1:]:
+        for what, mine, others in (("data set", first.description.name, other.description.name), ("seeds", first.seeds, other.seeds)):
+            if mine != others:
+                raise config_lib.InputError(f"{other.path}: its {what} is {others}, that of {first.path} is {mine}; an ensemble shares it")
+        if not np.array_equal(first.labels, other.labels):
+            raise config_lib.InputError(f"{other.path}: its labels are not those of {first.path}; an ensemble needs the same examples")
+    task, labels = first.description.task, first.labels
+    if len(members) == 1:
+        probabilities, losses = first.predictions.probabilities, evaluation.mean_losses(first.predictions)
+    else:
+        probabilities = np.mean([member.predictions.probabilities for member in members], axis=0, dtype=np.float64)
+        losses = np.array([metrics.log_loss(task, labels, of_seed) for of_seed in probabilities])
+    failed = [any(bad) for bad in zip(*(member.failed for member in members), strict=True)]
+    names = first.description.class_names
+    return evaluation.measure(task, labels, probabilities=probabilities, losses=losses, class_names=names, failed=failed)
+
+
+def show(members: Sequence[Member], split: str, measured: dict[str, Any]) -> None:
+    """A table: a line per metric, a column per seed and their mean."""
+    title = " + ".join(str(member.path) for member in members)
+    table = rich.table.Table(title=f"{title}: {split}", title_justify="left")
+    for name in ("metric", *(f"seed {seed}" for seed in members[0].seeds), "mean ± sd"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for name, values in measured.items():
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values), tables.spread_text(values))
+    tables.show(table)
+
+
+if __name__ == "__main__":
+    sys.exit(config_lib.run_cli(main, sys.argv[1:]))

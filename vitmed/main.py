@@ -1,0 +1,98 @@
+"""Train and test: `python -m vitmed.main --config=FILE[:ARGUMENTS] --workdir=DIR`. Run it again to go on or to see the result."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from vitmed import config as config_lib
+from vitmed import experiment
+from vitmed.runs import folder, machine
+from vitmed.study import points, tables
+
+EXAMPLES = """examples:
+  python -m vitmed.main --config=configs/vit2d.py:dataset=breastmnist,patch=7 --workdir=runs/breast_p7
+  python -m vitmed.main --config=configs/vit3d.py:patch=2x7x7 --workdir=runs/fracture --config.train.epochs=5 --config.seeds=0
+  python -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
+
+exit status: 0 done; 1 finished with named failures, or trouble of the machine; 2 wrong input; 75 stopped by SIGTERM, run again; 130 by
+SIGINT"""
+
+
+def make_parser() -> config_lib.Parser:
+    """The flags."""
+    parser = config_lib.Parser(prog="vitmed.main", description="Train a ViT and test it once.", epilog=EXAMPLES)
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENTS]", help="a config file and its arguments, key=value,...")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's folder, or with --sweep the folder of the points' folders"
+    )
+    parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(), finished ones left as they are")
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="_", help="set any field of the config, such as --config.train.epochs=20")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one point or all of a sweep; the exit status."""
+    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    if flags.sweep:
+        return run_sweep(flags.config, overrides, flags.workdir)
+    machine.cache_programs()
+    config = config_lib.load(flags.config, overrides)
+    planned = experiment.plan(config)
+    run_folder = folder.RunFolder(flags.workdir)
+    run_folder.check(config.to_dict())
+    result = run_folder.read_result() or experiment.run(planned, run_folder)
+    tables.show(tables.of_results([result]))
+    if result["failed_seeds"]:
+        print(f"vitmed: {planned.label}: failed seeds {', '.join(map(str, result['failed_seeds']))}", file=sys.stderr)
+    return 1 if result["failed_seeds"] else 0
+
+
+def run_sweep(spec: str, overrides: dict[str, str], workdir: str) -> int:
+    """Run all points of a sweep, each in a process of its own: its memory is its own, and what breaks one leaves the others.
+
+    Every point is checked before the first is run. The exit status: 1 where a point has failed or has failed seeds.
+    """
+    path, _, argument = spec.partition(":")
+    if argument:
+        raise config_lib.InputError(f"--config={spec}: with --sweep the points give the arguments; leave out :{argument}")
+    todo = points.of_sweep(config_lib.load_module(path))
+    folders = [folder.RunFolder(f"{workdir}/{point.name}") for point in todo]
+    finished = []
+    for point, run_folder in zip(todo, folders, strict=True):
+        config = config_lib.load(f"{path}:{point.argument}", overrides)
+        experiment.plan(config)
+        run_folder.check(config.to_dict())
+        finished.append(run_folder.read_result() is not None)
+    for number, (point, run_folder, done) in enumerate(zip(todo, folders, finished, strict=True), start=1):
+        print(f"vitmed: {point.name}, {number} of {len(todo)}{': finished before' if done else ''}", file=sys.stderr)
+        given = [f"--config={path}:{point.argument}", f"--workdir={run_folder.path}"]
+        given += [f"--config.{field}={value}" for field, value in overrides.items()]
+        if not done:
+            run_apart([sys.executable, "-m", "vitmed.main", *given])
+    results = [run_folder.read_result() for run_folder in folders]
+    if any(results):
+        tables.show(tables.of_results(points.ordered([result for result in results if result])))
+    failed = [point.name for point, result in zip(todo, results, strict=True) if result is None or result["failed_seeds"]]
+    if failed:
+        print(f"vitmed: failed, or with failed seeds: {', '.join(failed)}; what was said above tells why", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_apart(command: Sequence[str]) -> int:
+    """Run a command in a process of its own and pass signals on to it; its exit status, or Stopped where it was stopped by one."""
+    # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as child:
+        former = {signum: signal.signal(signum, lambda number, _: child.send_signal(number)) for signum in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            status = child.wait()
+        finally:
+            for signum, handler in former.items():
+                signal.signal(signum, handler)
+    if status in (75, 130):
+        raise config_lib.Stopped(signal.SIGTERM if status == 75 else signal.SIGINT)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(config_lib.run_cli(main, sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Device side: steps, optimiser, augmentation, shardings and the one loop."""

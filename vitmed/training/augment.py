@@ -1,0 +1,129 @@
+"""Augmentation inside the jitted step, a pure function of a key: each example has its own draw, 2D and 3D share the code.
+
+Shapes: `B` batch, `H, W` the last two spatial axes, `C` channels. Values are in [0, 1]. A volume is augmented in its H-W plane, the same
+draw for every slice. Crop and rotation are one bilinear resample; flips and quarter turns move values without changing them.
+What the torchvision recipe of the study does one after another on bytes is composed here on floats; outside of the crop is black.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# torchvision's RandomResizedCrop draws until a crop fits, ten times at most, and falls back to the whole image.
+CROP_ATTEMPTS = 10
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Ranges and probabilities; the defaults change nothing.
+
+    `crop_scale` is a range of area fractions and `crop_ratio` of aspect ratios (W / H); `rotation_degrees` the largest angle either way;
+    `flip_h`, `flip_w` probabilities; `quarter_turns` draws 0, 90, 180 or 270 degrees; `brightness`, `contrast` the largest change of a
+    factor around 1.
+    """
+
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    crop_ratio: tuple[float, float] = (1.0, 1.0)
+    rotation_degrees: float = 0.0
+    flip_h: float = 0.0
+    flip_w: float = 0.0
+    quarter_turns: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    @property
+    def resamples(self) -> bool:
+        """Whether crop or rotation act."""
+        return self.crop_scale != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0) or self.rotation_degrees > 0
+
+
+def apply(key: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Augment images [B, *S, C] in [0, 1], each with its own draw from `key`; what is off costs nothing."""
+    keys = jax.random.split(key, (3, images.shape[0]))
+    if augmentation.resamples:
+        images = jax.vmap(lambda k, x: _crop_and_rotate(k, x, augmentation))(keys[0], images)
+    if augmentation.flip_h or augmentation.flip_w or augmentation.quarter_turns:
+        images = jax.vmap(lambda k, x: _flip_and_turn(k, x, augmentation))(keys[1], images)
+    if augmentation.brightness or augmentation.contrast:
+        images = jax.vmap(lambda k, x: _jitter(k, x, augmentation))(keys[2], images)
+    return images
+
+
+def _draw_crop(key: jax.Array, height: int, width: int, augmentation: Augmentation) -> tuple[jax.Array, ...]:
+    """The crop's top, left, height and width in pixels, drawn as torchvision's RandomResizedCrop draws them."""
+    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
+    low, high = augmentation.crop_scale
+    area = height * width * jax.random.uniform(area_key, (CROP_ATTEMPTS,), minval=low, maxval=high)
+    low, high = jnp.log(jnp.asarray(augmentation.crop_ratio))
+    ratio = jnp.exp(jax.random.uniform(ratio_key, (CROP_ATTEMPTS,), minval=low, maxval=high))
+    w, h = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = jnp.argmax(fits)
+    h = jnp.where(fits.any(), h[first], height)
+    w = jnp.where(fits.any(), w[first], width)
+    top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
+    left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
+    return top, left, h, w
+
+
+def _crop_and_rotate(key: jax.Array, image: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Crop, stretch to the full size, rotate about the centre: one bilinear resample of [..., H, W, C]."""
+    height, width = image.shape[-3:-1]
+    crop_key, angle_key = jax.random.split(key)
+    top, left, h, w = _draw_crop(crop_key, height, width, augmentation)
+    limit = jnp.deg2rad(augmentation.rotation_degrees)
+    angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
+    # Where each output pixel's centre lies in the stretched crop, before the rotation, in pixels from its upper left corner.
+    y, x = jnp.meshgrid(jnp.arange(height) + 0.5 - height / 2, jnp.arange(width) + 0.5 - width / 2, indexing="ij")
+    v = jnp.cos(angle) * y + jnp.sin(angle) * x + height / 2
+    u = -jnp.sin(angle) * y + jnp.cos(angle) * x + width / 2
+    inside = (v >= 0) & (v <= height) & (u >= 0) & (u <= width)
+    rows = jnp.clip(top + v * h / height - 0.5, top, top + h - 1)
+    columns = jnp.clip(left + u * w / width - 0.5, left, left + w - 1)
+    return jnp.where(inside[..., None], _bilinear(image, rows, columns), 0.0)
+
+
+def _bilinear(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Values of [..., H, W, C] at real coordinates [H', W'] inside of it -> [..., H', W', C]."""
+    height, width = image.shape[-3:-1]
+    top, left = jnp.floor(rows).astype(jnp.int32), jnp.floor(columns).astype(jnp.int32)
+    bottom, right = jnp.minimum(top + 1, height - 1), jnp.minimum(left + 1, width - 1)
+    down, across = (rows - top)[..., None], (columns - left)[..., None]
+    upper = image[..., top, left, :] * (1 - across) + image[..., top, right, :] * across
+    lower = image[..., bottom, left, :] * (1 - across) + image[..., bottom, right, :] * across
+    return upper * (1 - down) + lower * down
+
+
+def _flip_and_turn(key: jax.Array, image: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Flips of H and W, then a quarter turn: together one optional transpose and one optional flip per axis."""
+    h_key, w_key, turn_key = jax.random.split(key, 3)
+    flip_h = jax.random.bernoulli(h_key, augmentation.flip_h)
+    flip_w = jax.random.bernoulli(w_key, augmentation.flip_w)
+    if augmentation.quarter_turns:
+        turns = jax.random.randint(turn_key, (), 0, 4)
+        transpose = turns % 2 == 1
+        # A turn by 90 degrees is a transpose followed by a flip of H, by 180 two flips, by 270 a transpose and a flip of W;
+        # a flip before the transpose is the other axis's flip after it.
+        flip_h, flip_w = jnp.where(transpose, flip_w, flip_h), jnp.where(transpose, flip_h, flip_w)
+        flip_h, flip_w = flip_h ^ ((turns == 1) | (turns == 2)), flip_w ^ (turns >= 2)
+        image = jnp.where(transpose, image.swapaxes(-3, -2), image)
+    image = jnp.where(flip_h, jnp.flip(image, -3), image)
+    return jnp.where(flip_w, jnp.flip(image, -2), image)
+
+
+def _jitter(key: jax.Array, image: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Brightness and contrast in random order, each clipped to [0, 1], as torchvision's ColorJitter."""
+    order_key, brightness_key, contrast_key = jax.random.split(key, 3)
+    brightness = jax.random.uniform(brightness_key, minval=max(0.0, 1 - augmentation.brightness), maxval=1 + augmentation.brightness)
+    contrast = jax.random.uniform(contrast_key, minval=max(0.0, 1 - augmentation.contrast), maxval=1 + augmentation.contrast)
+
+    def brighten(x: jax.Array) -> jax.Array:
+        return jnp.clip(x * brightness, 0.0, 1.0)
+
+    def stretch(x: jax.Array) -> jax.Array:
+        gray = x @ jnp.asarray(GRAY_WEIGHTS) if x.shape[-1] == 3 else x
+        return jnp.clip(gray.mean() * (1 - contrast) + x * contrast, 0.0, 1.0)
+
+    return jnp.where(jax.random.bernoulli(order_key), stretch(brighten(image)), brighten(stretch(image)))

@@ -1,0 +1,241 @@
+"""The one training loop, from a recipe and a data set to predictions; read it top to bottom.
+
+Order within a chunk: train, validate if an epoch ended, save if due, stop if asked. What a checkpoint holds is therefore always the
+state, the best parameters, the position in the data and the metrics of one and the same step, and resuming is restoring.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitmed import config
+from vitmed.data import pipeline, sources
+from vitmed.runs import checkpoint, folder, guard
+from vitmed.training import evaluation, programs, sharding, step, tracking
+
+# A training split up to this share of the device's memory lives there; where the device does not tell its memory, up to this many bytes.
+RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**31
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come, saved with every checkpoint: `losses` of the current epoch so far and `failed`, both for each run.
+
+    `chunk` is the next chunk's number; `rows` are the lines of metrics.jsonl; seconds add up over restarts.
+    """
+
+    chunk: int
+    losses: list[list[float]]
+    failed: list[bool]
+    rows: list[dict[str, Any]]
+    train_seconds: float
+    compile_seconds: float
+    data_md5: str | None
+
+
+@dataclasses.dataclass
+class Training:
+    """What a checkpoint holds, all of the same step."""
+
+    state: step.TrainState
+    best: step.Best
+    progress: Progress
+
+    def save(self, checkpoints: checkpoint.Checkpoints) -> None:
+        """Begin to write a checkpoint."""
+        checkpoints.save(self.progress.chunk, state=self.state, best=self.best, progress=dataclasses.asdict(self.progress))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished training leaves: best epochs [R], failures, predictions and measurements of val and test, times."""
+
+    best_epoch: list[int]
+    failed_seeds: list[int]
+    predictions: dict[str, evaluation.Predictions]
+    measured: dict[str, dict[str, list[float | None]]]
+    train_seconds: float
+    compile_seconds: float
+    test_seconds: float
+
+
+def train(
+    recipe: programs.Recipe,
+    *,
+    plan: pipeline.Plan,
+    dataset: sources.Dataset,
+    run_folder: folder.RunFolder,
+    signals: guard.Signals,
+    learning_rate: Callable[[int], float],
+    checkpoint_seconds: float,
+    evaluation_batch_size: int,
+    placement: str,
+    label: str,
+) -> Outcome:
+    """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
+
+    `placement` says where the training split lives: on the `device`, on the `host`, or `auto`; `learning_rate(step)` is for the record.
+    """
+    images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
+    resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
+    keep_best = programs.keep_best(recipe)
+    with checkpoint.Checkpoints(run_folder.checkpoints) as checkpoints:
+        training = restore_or_create(recipe, checkpoints, data_md5=dataset.md5)
+        progress = training.progress
+        run_folder.write_metrics(progress.rows)  # what an interrupted epoch wrote beyond the checkpoint is written again
+        predict, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
+        progress.compile_seconds += seconds
+        train_chunk, saved_at = None, time.monotonic()
+        with tracking.Progress(
+            label, total_steps=plan.steps_before(plan.num_chunks), done_steps=plan.steps_before(progress.chunk)
+        ) as display:
+            for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed):
+                if train_chunk is None:
+                    train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident)
+                    progress.compile_seconds += seconds
+                advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
+                if plan.ends_epoch(chunk.number):
+                    predictions = _predict(predict, training.state.params, dataset.splits["val"], evaluation_batch_size)
+                    training.best = keep_best(training.best, training.state, evaluation.mean_losses(predictions), len(progress.rows) + 1)
+                    progress.rows.append(epoch_row(training, predictions, dataset=dataset, plan=plan, learning_rate=learning_rate))
+                    progress.losses = [[] for _ in recipe.seeds]
+                    run_folder.write_metrics(progress.rows)
+                    display.validated(progress.rows[-1]["val"]["loss"])
+                stopped = signals.requested if progress.chunk < plan.num_chunks else None
+                if stopped or progress.chunk == plan.num_chunks or time.monotonic() - saved_at >= checkpoint_seconds:
+                    training.save(checkpoints)
+                    saved_at = time.monotonic()
+                checkpoints.poll()
+                if stopped:
+                    checkpoints.finish()
+                    display.note(f"{label}: stopped by a signal at step {plan.steps_before(progress.chunk)}, saved; run it again to go on")
+                    raise config.Stopped(stopped)
+    return conclude(recipe, training, predict, dataset=dataset, batch_size=evaluation_batch_size)
+
+
+def place(
+    mesh: jax.sharding.Mesh, arrays: dict[str, np.ndarray], placement: str
+) -> tuple[dict[str, jax.Array], dict[str, np.ndarray] | None]:
+    """(arrays on every device, None), or ({}, the arrays on the host) where they are too large or it is asked for."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    limit = RESIDENT_SHARE * stats["bytes_limit"] if "bytes_limit" in stats else RESIDENT_BYTES
+    if placement == "host" or (placement == "auto" and sum(array.nbytes for array in arrays.values()) > limit):
+        return {}, arrays
+    return jax.device_put(arrays, sharding.replicated(mesh)), None
+
+
+def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, *, data_md5: str | None) -> Training:
+    """The newest intact checkpoint, or the beginning; InputError where the run began with other data."""
+    latest = checkpoints.latest()
+    if latest is None:
+        nothing = [[] for _ in recipe.seeds]
+        begun = Progress(0, losses=nothing, failed=[False] * len(nothing), rows=[], train_seconds=0, compile_seconds=0, data_md5=data_md5)
+        return Training(*programs.create(recipe), begun)
+    state, best = recipe.abstract()
+    items = checkpoints.restore(latest, state=state, best=best, progress=None)
+    progress = Progress(**items["progress"])
+    if progress.data_md5 != data_md5:
+        raise config.InputError(f"the data have MD5 {data_md5}, this run began with {progress.data_md5}; give it its own data (data.root)")
+    return Training(items["state"], items["best"], progress)
+
+
+def advance(
+    training: Training,
+    chunk: pipeline.Chunk,
+    program: Callable[..., Any],
+    resident: dict[str, jax.Array],
+    *,
+    recipe: programs.Recipe,
+    plan: pipeline.Plan,
+    display: tracking.Progress,
+) -> None:
+    """Make a chunk's steps, and keep and show what came of them; a run that failed in it is named."""
+    progress = training.progress
+    started = time.perf_counter()
+    training.state, losses = program(training.state, chunk.batches, chunk.num_steps, resident)
+    losses = np.asarray(losses)[:, : chunk.num_steps]  # waits for the device
+    seconds = time.perf_counter() - started
+    progress.chunk = chunk.number + 1
+    progress.train_seconds += seconds
+    progress.losses = [before + now for before, now in zip(progress.losses, losses.tolist(), strict=True)]
+    for run, failed_at in enumerate(np.asarray(training.state.failed_at)):
+        if failed_at != step.ALIVE and not progress.failed[run]:
+            progress.failed[run] = True
+            display.note(f"vitmed: seed {recipe.seeds[run]}: loss or gradient not finite at step {failed_at}; kept as it was before")
+    rate = chunk.batches["mask"].sum() / seconds
+    display.trained(
+        plan.steps_before(progress.chunk), epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1]
+    )
+
+
+def _predict(program: Callable[..., Any], params: Any, split: sources.Split, batch_size: int) -> evaluation.Predictions:
+    return evaluation.predict(program, params, split.images, split.labels, batch_size=batch_size)
+
+
+def _measure(
+    dataset: sources.Dataset, split: str, predictions: evaluation.Predictions, failed: list[bool]
+) -> tuple[dict[str, list[float | None]], list[str]]:
+    return evaluation.measure(
+        dataset.description.task,
+        dataset.splits[split].labels,
+        probabilities=predictions.probabilities,
+        losses=evaluation.mean_losses(predictions),
+        class_names=dataset.description.class_names,
+        failed=failed,
+    )
+
+
+def epoch_row(
+    training: Training,
+    predictions: evaluation.Predictions,
+    *,
+    dataset: sources.Dataset,
+    plan: pipeline.Plan,
+    learning_rate: Callable[[int], float],
+) -> dict[str, Any]:
+    """An epoch's line of metrics.jsonl: a function of config and data alone, so it holds no time."""
+    progress = training.progress
+    measured, _ = _measure(dataset, "val", predictions, progress.failed)  # its warnings come once, at the end
+    steps = plan.steps_before(progress.chunk)
+    # The last batch holds fewer examples than the others and counts for as many as it has.
+    counts = np.full(plan.steps_per_epoch, plan.batch_size)
+    counts[-1] = plan.num_examples - plan.batch_size * (plan.steps_per_epoch - 1)
+    train_loss = np.average(np.asarray(progress.losses, np.float64), axis=1, weights=counts)
+    return {
+        "epoch": len(progress.rows) + 1,
+        "step": steps,
+        "learning_rate": float(learning_rate(steps - 1)),
+        "train_loss": [float(loss) if np.isfinite(loss) else None for loss in train_loss],
+        "val": measured,
+        "best_epoch": np.asarray(training.best.epoch).tolist(),
+    }
+
+
+def conclude(
+    recipe: programs.Recipe, training: Training, predict: Callable[..., Any], *, dataset: sources.Dataset, batch_size: int
+) -> Outcome:
+    """The best parameters meet validation and, once, the test split."""
+    progress = training.progress
+    predictions, measured, seconds = {}, {}, {}
+    for name in ("val", "test"):
+        started = time.perf_counter()
+        predictions[name] = _predict(predict, training.best.params, dataset.splits[name], batch_size)
+        seconds[name] = time.perf_counter() - started
+        measured[name], warnings = _measure(dataset, name, predictions[name], progress.failed)
+        for warning in warnings:
+            print(f"vitmed: {name}: {warning}", file=sys.stderr)
+    return Outcome(
+        # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
+        best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
+        failed_seeds=[seed for seed, bad in zip(recipe.seeds, progress.failed, strict=True) if bad],
+        predictions=predictions,
+        measured=measured,
+        train_seconds=progress.train_seconds,
+        compile_seconds=progress.compile_seconds,
+        test_seconds=seconds["test"],
+    )

@@ -1,0 +1,126 @@
+"""The compiled programs of one training: make the state, make a chunk of steps, keep the best, predict a batch.
+
+Each is jitted once over a mesh with explicit shardings, in three moves: abstract shapes, shardings from shapes, `jit` with them.
+Shapes: `R` runs (seeds), `K` steps of a chunk, `B` batch, `*S` spatial, `C` channels, `L` labels, `Q` classes.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vitmed.training import augment, sharding, step, tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained and how: pure functions and plain values, nothing of files or configs.
+
+    `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `mapped` takes the runs one
+    after another within the program instead of as one batched program.
+    """
+
+    init: Callable[[jax.Array], Any]
+    apply: Callable[..., jax.Array]
+    prepare: Callable[..., jax.Array]
+    task: tasks.Task
+    optimizer: optax.GradientTransformation
+    augmentation: augment.Augmentation
+    seeds: tuple[int, ...]
+    mesh: jax.sharding.Mesh
+    mapped: bool
+
+    def create(self, seeds: jax.Array) -> tuple[step.TrainState, step.Best]:
+        """The state [R, ...] of seeds [R] before the first step, as a function to trace."""
+
+        def one(seed: jax.Array) -> tuple[step.TrainState, step.Best]:
+            return step.create(self.init(jax.random.key(seed)), self.optimizer)
+
+        return step.over_runs(one, mapped=self.mapped)(seeds)
+
+    def seed_array(self) -> np.ndarray:
+        """The seeds [R] as programs take them: an argument, so that other seeds are no other program."""
+        return np.asarray(self.seeds, np.uint32)
+
+    def abstract(self) -> tuple[step.TrainState, step.Best]:
+        """Shapes, dtypes and shardings of (state, best): what a checkpoint is restored into."""
+        shapes = jax.eval_shape(self.create, self.seed_array())
+        shardings = sharding.state(self.mesh, shapes)
+        return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
+
+
+def create(recipe: Recipe) -> tuple[step.TrainState, step.Best]:
+    """The state before the first step, made where it will live."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract())
+    return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array())
+
+
+def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict[str, Any]) -> tuple[Callable[..., Any], float]:
+    """Compile the training program for batches [R, K, B, ...] of these shapes: (program, seconds it took).
+
+    The program takes (state, batches, num_steps, resident), gives (state, losses [R, K]) and consumes the state it is given.
+    """
+    train_step = functools.partial(
+        step.train_step,
+        apply=recipe.apply,
+        prepare=recipe.prepare,
+        task=recipe.task,
+        optimizer=recipe.optimizer,
+        augmentation=recipe.augmentation,
+    )
+    make = step.make_chunk(train_step, mapped=recipe.mapped)
+    state, _ = recipe.abstract()
+    everywhere = sharding.replicated(recipe.mesh)
+    split = sharding.batch(recipe.mesh, axis=2)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    arguments = (places, everywhere, split, everywhere, everywhere)
+    jitted = jax.jit(make, in_shardings=arguments, out_shardings=(places, everywhere), donate_argnums=0)
+    seeds = jax.device_put(recipe.seed_array(), everywhere)
+    started = time.perf_counter()
+    compiled = jitted.lower(state, seeds, _shapes(batches), jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident)).compile()
+    seconds = time.perf_counter() - started
+
+    def program(state: step.TrainState, batches: Any, num_steps: int, resident: Any) -> tuple[step.TrainState, jax.Array]:
+        return compiled(state, seeds, jax.device_put(batches, split), jax.device_put(np.int32(num_steps), everywhere), resident)
+
+    return program, seconds
+
+
+def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, batch_size: int) -> tuple[Callable[..., Any], float]:
+    """Compile prediction by all runs for batches of examples like these: (program, seconds).
+
+    The program takes (params [R, ...], batch {images [B, *S, C], labels [B, L]}) and gives (probabilities [R, B, Q], losses [R, B]).
+    """
+    predict = functools.partial(step.predict_step, apply=recipe.apply, prepare=recipe.prepare, task=recipe.task)
+    _, best = recipe.abstract()
+    everywhere = sharding.replicated(recipe.mesh)
+    split = sharding.batch(recipe.mesh, axis=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, best.params)
+    jitted = jax.jit(
+        step.over_runs(predict, mapped=recipe.mapped, shared=(1,)), in_shardings=(places, split), out_shardings=(everywhere, everywhere)
+    )
+    started = time.perf_counter()
+    arrays = {"images": images, "labels": labels}
+    batch = {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+    compiled = jitted.lower(best.params, batch).compile()
+    seconds = time.perf_counter() - started
+    return lambda params, batch: compiled(params, jax.device_put(batch, split)), seconds
+
+
+def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarray, int], step.Best]:
+    """The program (best, state, validation losses [R], epoch) -> best."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract()[1])
+    runs = step.over_runs(step.keep_best, mapped=False, shared=(3,))
+    jitted = jax.jit(runs, out_shardings=places, donate_argnums=0)
+    return lambda best, state, losses, epoch: jitted(best, state, np.asarray(losses, np.float32), np.int32(epoch))
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}

@@ -1,0 +1,146 @@
+"""The train and predict steps: pure functions of one run, and the chunk that maps them over runs and steps.
+
+Shapes: `R` runs (seeds), `K` steps of a chunk, `B` batch, `*S` spatial, `C` channels, `L` labels. Everything in the state has a leading `R`
+outside of these functions and none inside: `over_runs` is the only place that adds it.
+Randomness is a function of (seed, step) and of nothing else, so that a restored state goes on as if nothing had happened.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vitmed.training import augment, tasks
+
+ALIVE = -1  # in `failed_at`: no step has failed
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes; `failed_at` is the step whose loss or gradient was not finite, or ALIVE."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    failed_at: jax.Array
+
+
+@flax.struct.dataclass
+class Best:
+    """The parameters with the lowest validation loss so far, that loss, and its epoch (from 1; 0 before the first)."""
+
+    params: Any
+    loss: jax.Array
+    epoch: jax.Array
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Best]:
+    """State before the first step."""
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(ALIVE))
+    return state, Best(jax.tree.map(jnp.copy, params), jnp.float32(jnp.inf), jnp.int32(0))
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    seed: jax.Array,
+    *,
+    apply: Callable[..., jax.Array],
+    prepare: Callable[..., jax.Array],
+    task: tasks.Task,
+    optimizer: optax.GradientTransformation,
+    augmentation: augment.Augmentation,
+) -> tuple[TrainState, jax.Array]:
+    """One step of one run: batch {images uint8 [B, *S, C], labels [B, L], mask [B]} -> (state, loss).
+
+    A loss or gradient that is not finite leaves the state as it was before, for good; the loss then reads NaN.
+    """
+    augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    images = prepare(batch["images"], augment=lambda values: augment.apply(augment_key, values, augmentation))
+
+    def loss_of(params: Any) -> jax.Array:
+        logits = apply({"params": params}, images, train=True, rngs={"drop_path": drop_key})
+        return tasks.masked_mean(task.loss(logits, batch["labels"]), batch["mask"])
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    alive = state.failed_at == ALIVE
+    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.failed_at)
+    stayed = state.replace(failed_at=jnp.where(alive, state.step, state.failed_at))
+    state = jax.tree.map(lambda new, old: jnp.where(finite & alive, new, old), moved, stayed)
+    return state, jnp.where(finite & alive, loss, jnp.nan)
+
+
+def predict_step(
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    apply: Callable[..., jax.Array],
+    prepare: Callable[..., jax.Array],
+    task: tasks.Task,
+) -> tuple[jax.Array, jax.Array]:
+    """One batch through one run's model: (probabilities [B, K], loss of each example [B]), both float32."""
+    logits = apply({"params": params}, prepare(batch["images"]))
+    return task.probabilities(logits), task.loss(logits, batch["labels"])
+
+
+def keep_best(best: Best, state: TrainState, loss: jax.Array, epoch: jax.Array) -> Best:
+    """The better of one run's best and its present parameters, by validation loss; a failed run keeps what it has."""
+    better = (loss < best.loss) & (state.failed_at == ALIVE)
+    return jax.tree.map(lambda new, old: jnp.where(better, new, old), Best(state.params, loss, epoch), best)
+
+
+def over_runs(function: Callable[..., Any], *, mapped: bool, shared: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """Give a function of one run a leading axis R on every argument but the `shared` ones and on every result.
+
+    `mapped` runs them one after another (`lax.map`), else as one batched program (`vmap`); they agree to float tolerance.
+    """
+
+    def call(*arguments: Any) -> Any:
+        own = [argument for index, argument in enumerate(arguments) if index not in shared]
+
+        def one(own_of_run: list[Any]) -> Any:
+            rest = iter(own_of_run)
+            return function(*(argument if index in shared else next(rest) for index, argument in enumerate(arguments)))
+
+        return jax.lax.map(one, own) if mapped else jax.vmap(one)(own)
+
+    return call
+
+
+def chunk(
+    state: TrainState,
+    seed: jax.Array,
+    batches: dict[str, jax.Array],
+    num_steps: jax.Array,
+    resident: dict[str, jax.Array],
+    *,
+    train_step: Callable[..., tuple[TrainState, jax.Array]],
+) -> tuple[TrainState, jax.Array]:
+    """`num_steps` (at most K) steps of one run -> (state, losses [K], NaN where no step was made).
+
+    `batches` holds mask [K, B] and either indices [K, B] into the `resident` split {images [N, *S, C], labels [N, L]}, or the images and
+    labels themselves [K, B, ...]. The number of steps is an argument, not a shape: every chunk of a run is the same compiled program.
+    """
+    capacity = batches["mask"].shape[0]
+
+    def body(index: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
+        state, losses = carry
+        batch = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False), batches)
+        if resident:
+            indices = batch.pop("indices")
+            batch |= {name: jnp.take(array, indices, axis=0) for name, array in resident.items()}
+        state, loss = train_step(state, batch, seed)
+        return state, losses.at[index].set(loss)
+
+    return jax.lax.fori_loop(0, num_steps, body, (state, jnp.full((capacity,), jnp.nan)))
+
+
+def make_chunk(train_step: Callable[..., tuple[TrainState, jax.Array]], *, mapped: bool) -> Callable[..., tuple[TrainState, jax.Array]]:
+    """The chunk over all runs: (state, seeds [R], batches [R, K, B, ...], num_steps, resident) -> (state, losses [R, K])."""
+    return over_runs(functools.partial(chunk, train_step=train_step), mapped=mapped, shared=(3, 4))

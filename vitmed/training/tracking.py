@@ -1,0 +1,73 @@
+"""What a person sees while a run trains: a progress bar on a terminal, a line now and then elsewhere; all on stderr."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import rich.console
+import rich.progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def losses_text(losses: Sequence[float | None]) -> str:
+    """Losses of all runs in few characters; a dash for a run that failed."""
+    return " ".join("-" if loss is None or math.isnan(loss) else f"{loss:.3f}" for loss in losses)
+
+
+class Progress:
+    """Steps done of all, time left, images per second and the current losses; a context manager around the loop."""
+
+    def __init__(self, label: str, *, total_steps: int, done_steps: int):
+        self._label, self._total, self._done = label, total_steps, done_steps
+        self._started, self._first, self._printed = time.monotonic(), done_steps, 0.0
+        self._val = ""
+        self._bar: rich.progress.Progress | None = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(bar_width=20),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[detail]}"),
+                console=rich.console.Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, detail="compiling")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def trained(self, steps: int, *, epoch: int, images_per_second: float, losses: Sequence[float | None]) -> None:
+        """`steps` are done in all; the losses [R] are the latest step's."""
+        self._done = steps
+        detail = f"epoch {epoch}  {images_per_second:.0f} images/s  loss {losses_text(losses)}{self._val}"
+        self._show(detail, last=steps == self._total)
+
+    def validated(self, losses: Sequence[float | None]) -> None:
+        """The validation losses [R] of the epoch just ended; shown from the next line on."""
+        self._val = f"  val {losses_text(losses)}"
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _show(self, detail: str, *, last: bool) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, detail=detail)
+            return
+        now = time.monotonic()
+        if last or now - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = now
+            left = (now - self._started) / max(self._done - self._first, 1) * (self._total - self._done)
+            line = f"{self._label}  step {self._done}/{self._total}  {left:.0f} s left  {detail}"
+            print(line, file=sys.stderr, flush=True)
