@@ -30,8 +30,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.patch_size = given["patch"]  # pixels; one entry stands for all axes
     config.model.pretrained = given["pretrained"]
     config.model.in_channels = 3  # gray images are copied to three
-    config.model.mean = "auto"  # of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel
-    config.model.std = "auto"
+    # Of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel.
+    config.model.mean = ml_collections.FieldReference("auto", field_type=object)
+    config.model.std = ml_collections.FieldReference("auto", field_type=object)
     config.model.pooling = "cls"  # cls or mean
     config.model.drop_path = 0.0  # stochastic depth: the rate of the last block
     config.model.dtype = "float32"  # of the arithmetic: float32 or bfloat16; parameters are float32
