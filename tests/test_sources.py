@@ -87,9 +87,9 @@ def test_descriptions_are_not_shared_between_sizes():
         ("brestmnist", "did you mean breastmnist"),
         ("BreastMNIST", "did you mean breastmnist"),
         ("phantom", "phantom2d"),
-        ("imagenet-21k", "known are pathmnist, chestmnist"),
-        ("", "known are pathmnist"),
-        (None, "known are pathmnist"),
+        ("imagenet-21k", "choose one of pathmnist, chestmnist"),
+        ("", "choose one of pathmnist"),
+        (None, "choose one of pathmnist"),
     ],
 )
 def test_unknown_names_are_answered_with_known_ones(name, says):

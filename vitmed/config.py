@@ -150,6 +150,11 @@ def _numbers(text: str, kind: type) -> tuple[Any, ...]:
     return tuple(kind(value) for value in values)
 
 
+def patch_text(patch_size: Sequence[int]) -> str:
+    """A patch size as it is written: 7, or 2x7x7 where the axes differ."""
+    return str(patch_size[0]) if len(set(patch_size)) == 1 else "x".join(map(str, patch_size))
+
+
 def _example(like: Any) -> str:
     return ",".join(map(str, like)) if isinstance(like, tuple) else str(like)
 

@@ -71,17 +71,12 @@ class Experiment:
     @property
     def label(self) -> str:
         """What a person calls this run."""
-        return f"{self.description.name} patch {patch_text(self.patch_size)}"
+        return f"{self.description.name} patch {config_lib.patch_text(self.patch_size)}"
 
     def load(self) -> sources.Dataset:
         """The data, found or downloaded."""
         data = self.config.data
         return sources.load(data.name, size=data.size, root=data.root, verify=data.verify)
-
-
-def patch_text(patch_size: tuple[int, ...]) -> str:
-    """7 or 2x7x7."""
-    return str(patch_size[0]) if len(set(patch_size)) == 1 else "x".join(map(str, patch_size))
 
 
 def plan(config: ml_collections.ConfigDict) -> Experiment:

@@ -3,7 +3,6 @@
 Shapes: images uint8 [N, *S, C], labels int32 [N, L], with *S = H,W or D,H,W; see dataset.py.
 """
 
-import difflib
 import types
 
 from vitmed import config
@@ -44,6 +43,4 @@ def _source(name: str) -> types.ModuleType:
         return phantoms
     if name in medmnist.entries():
         return medmnist
-    near = difflib.get_close_matches(str(name).lower(), names(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names())}"
-    raise config.InputError(f"data.name={name!r} is unknown; {hint}")
+    raise config.InputError(f"data.name={name!r} is unknown; {config.nearest(str(name).lower(), names())}")

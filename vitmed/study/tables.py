@@ -6,14 +6,9 @@ from typing import Any
 import rich.console
 import rich.table
 
-from vitmed import metrics
+from vitmed import config, metrics
 
 COLUMNS = ("data set", "patch", "tokens", "balanced accuracy", "AUC", "training s", "ms / test image")
-
-
-def patch_text(patch_size: Sequence[int]) -> str:
-    """7, or 2x7x7 where the axes differ."""
-    return str(patch_size[0]) if len(set(patch_size)) == 1 else "x".join(map(str, patch_size))
 
 
 def spread_text(values: Sequence[float | None]) -> str:
@@ -29,7 +24,7 @@ def row(result: Mapping[str, Any]) -> tuple[str, ...]:
     name = result["dataset"]
     return (
         f"{name} (synthetic)" if name.startswith("phantom") else name,
-        patch_text(result["patch_size"]),
+        config.patch_text(result["patch_size"]),
         f"{result['num_tokens']:,}",
         spread_text(result["test"]["balanced_accuracy"]),
         spread_text(result["test"]["auc"]),
