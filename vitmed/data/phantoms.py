@@ -26,7 +26,7 @@ WAVE_CYCLES = (0.5, 2.0)  # per image
 NOISE = 2.5  # standard deviation in every pixel
 
 # By rank, tuned so that a small ViT needs small patches: in 3D a lesion is a smaller share of the image, hence larger and sparser.
-BLOB_AMPLITUDE = {2: 30.0, 3: 23.5}  # of the raised cosine at its centre; the specks' total follows from it
+BLOB_AMPLITUDE = {2: 40.0, 3: 23.5}  # of the raised cosine at its centre; the specks' total follows from it
 SPECK_CONTRAST = {2: 4.0, 3: 7.0}  # a speck's intensity over the blob's amplitude: higher means fewer and brighter specks
 LESION_RADIUS = {2: (3.5, 4.5), 3: (6.0, 7.0)}
 
