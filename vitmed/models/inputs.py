@@ -20,7 +20,7 @@ def prepare(
     entry, or one per channel.
     """
     if images.shape[-1] not in (1, in_channels):
-        raise ValueError(f"images have {images.shape[-1]} channels; this model takes 1 or {in_channels}")
+        raise ValueError(f"images have {images.shape[-1]} channels; this model takes {' or '.join(map(str, sorted({1, in_channels})))}")
     values = images.astype(jnp.float32) / 255.0
     if augment is not None:
         values = augment(values)

@@ -77,6 +77,8 @@ class ViT(nn.Module):
         """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0."""
         tokens = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
         B, N, D = tokens.shape
+        if self.has_variable("params", "pos_embed") and (known := self.get_variable("params", "pos_embed").shape[0] - 1) != N:
+            raise ValueError(f"images {images.shape[1:-1]} make {N} patches, pos_embed has positions for {known}; give images of its size")
         cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, D))
         positions = self.param("pos_embed", nn.initializers.normal(0.02), (1 + N, D))
         tokens = jnp.concatenate([jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, D)), tokens], axis=1)
@@ -86,7 +88,7 @@ class ViT(nn.Module):
             block = layers.Block(self.num_heads, self.mlp_width, rate, self.attention, self.dtype, name=f"block_{index:02d}")
             tokens = block(tokens, train=train)
         tokens = layers.layer_norm("norm", self.dtype)(tokens)
-        pooled = (tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(axis=1)).astype(jnp.float32)
+        pooled = tokens[:, 0].astype(jnp.float32) if self.pooling == "cls" else tokens[:, 1:].mean(axis=1, dtype=jnp.float32)
         if self.num_classes is None:
             return pooled
         return nn.Dense(self.num_classes, kernel_init=layers.linear_init, name="head")(pooled)

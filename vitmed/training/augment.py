@@ -10,7 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-# torchvision's RandomResizedCrop draws until a crop fits, ten times at most, and falls back to the whole image.
+# torchvision's RandomResizedCrop draws until a crop fits, ten times at most; then it takes the whole image (or, where the image's own ratio
+# lies outside of the range, the central crop of the nearest ratio: not done here).
 CROP_ATTEMPTS = 10
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
 
@@ -34,9 +35,14 @@ class Augmentation:
     contrast: float = 0.0
 
     @property
+    def crops(self) -> bool:
+        """Whether a crop is drawn; without one the whole image is kept, also where it is not quite square."""
+        return self.crop_scale != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0)
+
+    @property
     def resamples(self) -> bool:
         """Whether crop or rotation act."""
-        return self.crop_scale != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0) or self.rotation_degrees > 0
+        return self.crops or self.rotation_degrees > 0
 
 
 def apply(key: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
@@ -72,7 +78,7 @@ def _crop_and_rotate(key: jax.Array, image: jax.Array, augmentation: Augmentatio
     """Crop, stretch to the full size, rotate about the centre: one bilinear resample of [..., H, W, C]."""
     height, width = image.shape[-3:-1]
     crop_key, angle_key = jax.random.split(key)
-    top, left, h, w = _draw_crop(crop_key, height, width, augmentation)
+    top, left, h, w = _draw_crop(crop_key, height, width, augmentation) if augmentation.crops else (0, 0, height, width)
     limit = jnp.deg2rad(augmentation.rotation_degrees)
     angle = jax.random.uniform(angle_key, minval=-limit, maxval=limit)
     # Where each output pixel's centre lies in the stretched crop, before the rotation, in pixels from its upper left corner.

@@ -39,9 +39,11 @@ def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:
     """InputError where a batch cannot be split evenly over the mesh."""
     parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if batch_size % parts:
+        fsdp = math.gcd(batch_size, mesh.shape["fsdp"])
+        data = math.gcd(batch_size // fsdp, mesh.shape["data"])
         raise config.InputError(
             f"{name}={batch_size} does not divide over {parts} devices; take a multiple of {parts}, or fewer devices "
-            f"(mesh.data={math.gcd(batch_size, parts)})"
+            f"(mesh.data={data}, mesh.fsdp={fsdp})"
         )
 
 

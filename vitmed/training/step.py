@@ -57,7 +57,7 @@ def train_step(
 ) -> tuple[TrainState, jax.Array]:
     """One step of one run: batch {images uint8 [B, *S, C], labels [B, L], mask [B]} -> (state, loss).
 
-    A loss or gradient that is not finite leaves the state as it was before, for good; the loss then reads NaN.
+    A loss, gradient or update that is not finite leaves the state as it was before, for good; the loss then reads NaN.
     """
     augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     images = prepare(batch["images"], augment=lambda values: augment.apply(augment_key, values, augmentation))
@@ -68,7 +68,8 @@ def train_step(
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
+    # A gradient that is not finite makes an update that is not, so the updates speak for both.
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
     alive = state.failed_at == ALIVE
     moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.failed_at)
     stayed = state.replace(failed_at=jnp.where(alive, state.step, state.failed_at))

@@ -1,0 +1,293 @@
+"""The ViT against plain numpy: patches by an explicit loop, the whole forward pass in float64, its fresh parameters, its size."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+from scipy import special, stats
+
+from vitmed import config, cost
+from vitmed.models import build, layers, vit
+
+# (image, patch): 2D, anisotropic 2D, 3D, anisotropic 3D, and one patch for the whole image.
+SHAPES = [((8, 8), (4, 4)), ((6, 8), (3, 2)), ((4, 4, 4), (2, 2, 2)), ((6, 4, 10), (3, 1, 5)), ((6, 6), (6, 6))]
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # a sixth of the time to compile
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
+EPSILON = 1e-6  # timm's LayerNorm
+
+
+def images_of(shape, *, batch=2, channels=3, seed=0):
+    return np.random.default_rng(seed).normal(size=(batch, *shape, channels)).astype(np.float32)
+
+
+def micro(patch_size, *, variant="vit_micro", num_classes=5, **more):
+    return build.model(build.variant(variant), patch_size=patch_size, num_classes=num_classes, **more)
+
+
+def initialiser(module, image_size, *, channels=3):
+    return lambda: build.initialise(module, jax.random.key(0), image_size=image_size, in_channels=channels)
+
+
+def made_up(init):
+    """Parameters of these shapes none of which is special, so that each of them matters to the result."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape, scale=0.3).astype(np.float32), jax.eval_shape(init))
+
+
+def applied(module, params, images, **more):
+    return quick_jit(functools.partial(module.apply, **more))({"params": params}, images)
+
+
+def patches_by_loop(images, patch_size):
+    grid = [size // patch for size, patch in zip(images.shape[1:-1], patch_size, strict=True)]
+    cells = [tuple(slice(at * patch, (at + 1) * patch) for at, patch in zip(cell, patch_size, strict=True)) for cell in np.ndindex(*grid)]
+    return np.array([[image[cell].reshape(-1) for cell in cells] for image in images])
+
+
+def normalised(x, p):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * p["scale"] + p["bias"]
+
+
+def linear(x, p):
+    return x @ p["kernel"] + p["bias"]
+
+
+def gelu(x):
+    return x * special.ndtr(x)
+
+
+def attended(x, p, num_heads):
+    D = x.shape[-1]
+    d = D // num_heads
+    qkv = linear(x, p["qkv"])
+    heads = []
+    for h in range(num_heads):
+        q, k, v = (qkv[..., part * D + h * d : part * D + (h + 1) * d] for part in range(3))
+        heads.append(special.softmax(q @ k.swapaxes(-1, -2) / np.sqrt(d), axis=-1) @ v)
+    return linear(np.concatenate(heads, axis=-1), p["proj"])
+
+
+def forward_in_numpy(params, images, *, patch_size, num_heads, pooling):
+    """timm's VisionTransformer, straight from its description, in float64."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    x = linear(patches_by_loop(images.astype(np.float64), patch_size), p["patch_embed"])
+    x = np.concatenate([np.tile(p["cls_token"], (len(x), 1, 1)), x], axis=1) + p["pos_embed"]
+    for name in sorted(name for name in p if name.startswith("block")):
+        b = p[name]
+        x = x + attended(normalised(x, b["norm1"]), b["attn"], num_heads)
+        x = x + linear(gelu(linear(normalised(x, b["norm2"]), b["mlp"]["fc1"])), b["mlp"]["fc2"])
+    x = normalised(x, p["norm"])
+    features = x[:, 0] if pooling == "cls" else x[:, 1:].mean(axis=1)
+    return features, linear(features, p["head"])
+
+
+@pytest.mark.parametrize(("image_size", "patch_size"), [*SHAPES, ((12,), (3,))])
+def test_patchify_is_the_explicit_loop(image_size, patch_size):
+    images = images_of(image_size)
+    patches = vit.patchify(jnp.asarray(images), patch_size)
+    np.testing.assert_array_equal(patches, patches_by_loop(images, patch_size))
+
+
+@pytest.mark.parametrize(("image_size", "patch_size"), SHAPES)
+def test_patch_embedding_is_a_convolution_whose_stride_is_its_kernel(image_size, patch_size):
+    images, width = images_of(image_size), 7
+    module = vit.PatchEmbed(patch_size, width)
+    params = module.init(jax.random.key(0), images)["params"]
+    letters = "DHW"[-len(image_size) :]
+    convolved = jax.lax.conv_general_dilated(
+        jnp.asarray(images),
+        params["kernel"].reshape(*patch_size, 3, width),
+        window_strides=patch_size,
+        padding="VALID",
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    )
+    expected = convolved.reshape(len(images), -1, width) + params["bias"]
+    np.testing.assert_allclose(module.apply({"params": params}, images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("image_size", "patch_size"), [((8, 8), (3, 4)), ((8, 8), (4, 4, 4)), ((8, 8, 8), (4, 4))])
+def test_an_image_that_cannot_be_cut_is_refused(image_size, patch_size):
+    with pytest.raises(ValueError, match="cannot be cut"):
+        micro(patch_size).init(jax.random.key(0), images_of(image_size))
+
+
+def test_an_image_of_another_size_than_the_positions_is_refused():
+    module = micro((4, 4))
+    params = made_up(initialiser(module, (8, 8)))
+    with pytest.raises(Exception, match="pos_embed"):
+        module.apply({"params": params}, images_of((8, 12)))
+
+
+@pytest.mark.parametrize("pooling", vit.POOLINGS)
+@pytest.mark.parametrize(("image_size", "patch_size"), [SHAPES[1], SHAPES[3]])
+def test_the_whole_forward_pass_agrees_with_numpy_in_float64(image_size, patch_size, pooling):
+    module = micro(patch_size, pooling=pooling)
+    params = made_up(initialiser(module, image_size))
+    images = images_of(image_size)
+    features, logits = forward_in_numpy(params, images, patch_size=patch_size, num_heads=3, pooling=pooling)
+    got = applied(module, params, images)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, logits, rtol=1e-5, atol=1e-5 * np.abs(logits).max())
+    headless = micro(patch_size, pooling=pooling, num_classes=None)
+    without_head = {name: value for name, value in params.items() if name != "head"}
+    np.testing.assert_allclose(applied(headless, without_head, images), features, rtol=1e-5, atol=1e-5)
+    assert "head" not in jax.eval_shape(initialiser(headless, image_size))
+
+
+def test_layer_norm_has_timms_epsilon_and_a_two_pass_variance():
+    norm = layers.layer_norm("norm", jnp.float32)
+    x = np.random.default_rng(0).normal(size=(4, 64))
+    for tokens in (x * 1e-3, x + 1e4):  # a variance as small as epsilon; a mean that swallows a one-pass variance
+        tokens = tokens.astype(np.float32)
+        params = norm.init(jax.random.key(0), tokens)
+        expected = normalised(tokens.astype(np.float64), {"scale": 1.0, "bias": 0.0})
+        np.testing.assert_allclose(norm.apply(params, tokens), expected, atol=2e-3 if tokens.max() > 1 else 1e-5)
+
+
+def test_gelu_is_the_exact_one():
+    tokens = np.random.default_rng(0).normal(size=(1, 8, 16)).astype(np.float32) * 2
+    module = layers.MLP(hidden=32)
+    params = made_up(lambda: module.init(jax.random.key(0), tokens)["params"])
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    expected = linear(gelu(linear(tokens.astype(np.float64), p["fc1"])), p["fc2"])  # the tanh form is off by 5e-4 here
+    np.testing.assert_allclose(module.apply({"params": params}, tokens), expected, atol=2e-5)
+
+
+def test_2d_is_3d_of_depth_one():
+    sizes, images = build.Variant(width=12, depth=1, num_heads=3), images_of((14, 8))
+
+    def both(pooling):
+        return [build.model(sizes, patch_size=patch_size, num_classes=5, pooling=pooling) for patch_size in ((7, 4), (1, 7, 4))]
+
+    flat, deep = both("cls")
+    params, same = quick_jit(initialiser(flat, (14, 8)))(), quick_jit(initialiser(deep, (1, 14, 8)))()
+    jax.tree.map(np.testing.assert_array_equal, params, same)  # also refuses another tree
+    for flat, deep in map(both, vit.POOLINGS):
+        np.testing.assert_allclose(applied(deep, params, images[:, None]), applied(flat, params, images), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "image_size", "patch_size", "channels", "num_classes"),
+    [
+        ("vit_micro", (28, 28), (7, 7), 1, 2),
+        ("vit_micro", (8, 28, 28), (2, 7, 4), 3, 11),
+        ("vit_mini", (28, 28), (28, 28), 3, 14),
+        ("vit_ti", (28, 28), (4, 4), 3, 9),
+        ("vit_ti", (28, 28, 28), (14, 14, 14), 3, 0),
+        ("vit_s", (64, 64), (16, 8), 3, 5),
+        ("vit_l", (28, 28), (14, 14), 3, 2),
+    ],
+)
+def test_parameters_and_multiplications_are_those_of_cost(variant, image_size, patch_size, channels, num_classes):
+    sizes = build.variant(variant)
+    module = build.model(sizes, patch_size=patch_size, num_classes=num_classes or None)
+    shapes = jax.eval_shape(initialiser(module, image_size, channels=channels))
+    shape = {"image_size": image_size, "patch_size": patch_size, "in_channels": channels, "num_classes": num_classes}
+    shape |= {"width": sizes.width, "depth": sizes.depth, "mlp_width": sizes.mlp_width}
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cost.num_params(**shape)
+    image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
+    traced = jax.make_jaxpr(lambda params, image: module.apply({"params": params}, image))(shapes, image)
+    assert products(traced.jaxpr) / 1e9 == pytest.approx(cost.gmacs_forward(**shape), rel=1e-12)
+
+
+def products(jaxpr):
+    """The multiply-accumulates of every matrix product in a traced program: the entries of the result times what each sums over."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+        total += sum(products(getattr(inner, "jaxpr", inner)) for inner in core.jaxprs_in_params(equation.params))
+    return total
+
+
+def test_fresh_parameters_are_distributed_as_timms():
+    module = build.model(build.Variant(width=512, depth=2, num_heads=4), patch_size=(4, 4), num_classes=40)
+    params = quick_jit(initialiser(module, (16, 16)))()
+    blocks = [params["block_00"], params["block_01"]]
+    dense = [part for block in blocks for part in (block["attn"]["qkv"], block["attn"]["proj"], block["mlp"]["fc1"], block["mlp"]["fc2"])]
+    for part in (*dense, params["head"]):
+        values = np.asarray(part["kernel"], np.float64).ravel()
+        assert values.std() == pytest.approx(0.02, rel=0.03)
+        assert abs(values.mean()) < 5 * 0.02 / np.sqrt(values.size)
+        assert abs(stats.kurtosis(values)) < 5 * np.sqrt(24 / values.size)  # normal: uniform has -1.2, cut at two sigma -.63
+        assert not np.any(part["bias"])
+    assert not np.array_equal(dense[0]["kernel"], dense[4]["kernel"])  # blocks are drawn independently
+    fan_in = 4 * 4 * 3
+    for name in ("kernel", "bias"):
+        values = np.asarray(params["patch_embed"][name]).ravel() * np.sqrt(fan_in)
+        assert stats.kstest(values, stats.uniform(-1, 2).cdf).pvalue > 1e-3, name
+    assert np.std(params["cls_token"]) == pytest.approx(1e-6, rel=0.15)
+    assert np.std(params["pos_embed"]) == pytest.approx(0.02, rel=0.05)
+    for norm in (params["norm"], *(block[name] for block in blocks for name in ("norm1", "norm2"))):
+        assert np.all(norm["scale"] == 1)
+        assert not np.any(norm["bias"])
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits():
+    module = micro((4, 4), dtype="bfloat16")
+    shapes = jax.eval_shape(initialiser(module, (8, 8)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    params, images = made_up(initialiser(module, (8, 8))), images_of((8, 8))
+    logits, kept = applied(module, params, images, capture_intermediates=True)
+    exact = applied(micro((4, 4)), params, images)
+    computed = {
+        name: value["__call__"][0].dtype for name, value in kept["intermediates"].items() if name.startswith(("block", "patch", "norm"))
+    }
+    assert set(computed.values()) == {jnp.dtype("bfloat16")}, computed
+    assert logits.dtype == jnp.float32
+    assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_drop_path_is_the_identity_in_evaluation_and_drops_whole_examples_in_training():
+    rate, B = 0.25, 4000
+    module, branch = layers.DropPath(rate), jnp.asarray(np.random.default_rng(0).normal(size=(B, 2, 3)) + 3, jnp.float32)
+    np.testing.assert_array_equal(module.apply({}, branch, train=False), branch)
+    np.testing.assert_array_equal(layers.DropPath(0.0).apply({}, branch, train=True), branch)
+    out = np.asarray(module.apply({}, branch, train=True, rngs={"drop_path": jax.random.key(0)}))
+    dropped = ~out.any(axis=(1, 2))
+    np.testing.assert_allclose(out[~dropped], branch[~dropped] / (1 - rate), rtol=1e-6)
+    assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / B)
+    np.testing.assert_allclose(out.mean(), branch.mean(), rtol=4 * np.sqrt(rate / (1 - rate) / B))
+    other = module.apply({}, branch, train=True, rngs={"drop_path": jax.random.key(1)})
+    assert not np.array_equal(out, other)
+
+
+def test_drop_path_rises_over_depth_and_every_branch_draws_its_own():
+    B, rate, depth = 2000, 0.6, 4
+    module = build.model(build.Variant(width=4, depth=depth, num_heads=1), patch_size=(2, 2), num_classes=2, drop_path=rate)
+    images, params = images_of((2, 2), batch=B), made_up(initialiser(module, (2, 2)))
+
+    @quick_jit
+    def trained(images):
+        kept = {}
+
+        def watch(call, args, kwargs, context):
+            result = call(*args, **kwargs)
+            if isinstance(context.module, layers.DropPath):
+                kept["/".join(context.module.path)] = result.any(axis=(1, 2))
+            return result
+
+        with nn.intercept_methods(watch):
+            return module.apply({"params": params}, images, train=True, rngs={"drop_path": jax.random.key(0)}), kept
+
+    logits, kept = trained(images)
+    assert not np.allclose(logits, applied(module, params, images))
+    assert len(kept) == 2 * depth
+    for path, mask in kept.items():
+        expected = rate * int(path[6:8]) / (depth - 1)  # block_03/drop1
+        assert abs((1 - mask.mean()) - expected) <= 4 * np.sqrt(expected * (1 - expected) / B), path
+    acting = [mask for path, mask in kept.items() if not path.startswith("block_00")]
+    between = np.corrcoef(acting)[np.triu_indices(len(acting), 1)]
+    assert np.abs(between).max() < 5 / np.sqrt(B)
+
+
+def test_an_unknown_variant_is_named_with_those_that_exist():
+    with pytest.raises(config.InputError, match=r"vit_huge.*vit_ti, vit_s"):
+        build.variant("vit_huge")
