@@ -65,6 +65,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices over which a batch is split; -1: those that fsdp leaves
     config.mesh.fsdp = 1  # devices over which parameters and optimiser state are split
+    config.mesh.sequence = 1  # devices over which the tokens of one image are split: 1 in this version
     return config
 
 

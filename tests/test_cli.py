@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,37 @@ def test_an_unwritable_folder_is_refused(workdir, capsys, tmp_path):
     assert workdir in line
 
 
+def test_an_empty_workdir_is_refused(capsys, tmp_path):
+    for extra in ([], ["--sweep"]):
+        assert "--workdir=" in refused(capsys, tmp_path, f"--config={QUICKSTART}", "--workdir=", *extra)
+
+
+def test_a_folder_that_lost_its_config_is_refused(finished, capsys, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    line = refused(capsys, tmp_path, f"--config={QUICKSTART}:patch=7", f"--workdir={tmp_path / 'run'}", *SMALL)
+    assert "there is no config.json" in line
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("cfg.seeds = 0", "seeds"),
+        ("cfg.train.epochs = '5'", "train.epochs"),
+        ("cfg.augment.zoom = 1", "augment.zoom"),
+        ("del cfg.train['beta1']", "train.beta1"),
+        ("cfg = None", "NoneType"),
+        ("raise SystemExit(3)", "SystemExit"),
+    ],
+)
+def test_a_config_file_with_a_fault_is_refused(body, words, capsys, tmp_path):
+    file = tmp_path / "own.py"
+    load = f"    cfg = config.load({QUICKSTART!r}); cfg.unlock(); cfg = type(cfg)(cfg.to_dict(), type_safe=False)\n"
+    file.write_text(f"from vitmed import config\ndef get_config(arg=''):\n{load}    {body}\n    return cfg\n")
+    assert words in refused(capsys, tmp_path, f"--config={file}", f"--workdir={tmp_path / 'run'}")
+
+
 def test_evaluate_refuses_what_it_cannot_measure(finished, capsys, tmp_path):
     for argv, words in (
         ([f"--workdir={tmp_path}/nothing"], "holds no run"),
@@ -246,10 +278,14 @@ def test_a_sweep_runs_every_point_and_names_the_failed(two_points, tmp_path, cap
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == written
 
 
+def test_a_sweep_refuses_to_override_what_it_varies(tmp_path, capsys):
+    line = refused(capsys, tmp_path, f"--config={QUICKSTART}", "--sweep", f"--workdir={tmp_path / 's'}", "--config.model.patch_size=14")
+    assert "model.patch_size: the sweep varies it" in line
+
+
 def test_a_signal_stops_a_sweep_and_its_point(two_points, tmp_path):
     root = tmp_path / "sweep"
     command = [sys.executable, "-m", "vitmed.main", f"--config={two_points}", "--sweep", f"--workdir={root}", "--config.train.epochs=4000"]
-    command += ["--config.train.learning_rate=1e-3"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         deadline = time.monotonic() + 120
         while not any(file.stat().st_size for file in root.rglob("metrics.jsonl")):

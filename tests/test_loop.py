@@ -226,6 +226,52 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(small_config, tmp
     assert_same_bytes(stored(cfg, tmp_path / "whole")[0], stored(cfg, path)[0])
 
 
+def test_a_broken_checkpoint_of_the_very_step_that_is_saved_again_is_set_aside(small_config, tmp_path):
+    cfg = small_config()
+    start(cfg, tmp_path / "whole", steps_per_chunk=1)
+    path = tmp_path / "unsealed"
+    for chunks in (2, 2):  # saved after 2 and 4 steps; then as if killed between Orbax's commit and the seal, with a byte that never came
+        with pytest.raises(config.Stopped):
+            start(cfg, path, signals=StopAfter(chunks), steps_per_chunk=1)
+    (path / "checkpoints" / "4" / "sha256.json").unlink()
+    with pytest.raises(config.Stopped):
+        start(cfg, path, signals=StopAfter(2), steps_per_chunk=1)
+    names = sorted(entry.name.partition("-")[0] for entry in (path / "checkpoints").iterdir())
+    assert names == ["2", "4", "broken"]
+    assert checkpoint.defect(path / "checkpoints" / "4") is None
+    start(cfg, path, steps_per_chunk=1)
+    assert_same_bytes(stored(cfg, tmp_path / "whole")[0], stored(cfg, path)[0])
+
+
+def test_what_another_process_left_unsealed_is_never_sealed(small_config, tmp_path):
+    cfg = small_config()
+    path = tmp_path / "run"
+    with pytest.raises(config.Stopped):
+        start(cfg, path, signals=StopAfter(5), steps_per_chunk=1)
+    (path / "checkpoints" / "5" / "sha256.json").unlink()
+    with checkpoint.Checkpoints(path / "checkpoints") as checkpoints:
+        checkpoints.finish()
+        checkpoints.poll()
+    assert checkpoint.defect(path / "checkpoints" / "5") is not None
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(small_config, tmp_path, monkeypatch):
+    """Orbax's write fails as on a full disk; what was sealed before stays the newest."""
+    cfg = small_config()
+    path = tmp_path / "run"
+    with pytest.raises(config.Stopped):
+        start(cfg, path, signals=StopAfter(2), steps_per_chunk=1)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nmany more lines")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(config.MachineError, match=r"could not be written \(RESOURCE_EXHAUSTED: No space left on device\); make room"):
+        start(cfg, path, steps_per_chunk=1)
+    with checkpoint.Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 2
+
+
 def test_with_no_intact_checkpoint_left_nothing_is_trained_or_deleted(small_config, tmp_path):
     cfg = small_config()
     path = tmp_path / "run"

@@ -4,7 +4,6 @@ InputError is what a user can cause: one line, exit status 2, nothing written. M
 """
 
 import argparse
-import ast
 import contextlib
 import difflib
 import importlib.util
@@ -27,8 +26,8 @@ class MachineError(RuntimeError):
     """Trouble of the machine, not of the input (disk full, folder locked, no network): one line; exit status 1."""
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop and its state is saved; `signum` is the signal."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; `signum` is the signal. Like KeyboardInterrupt it is no Exception: nothing may swallow it."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by signal {signum}")
@@ -50,10 +49,15 @@ def find_file(path: str) -> pathlib.Path:
     given = pathlib.Path(path)
     if given.is_file():
         return given
-    for folder in (pathlib.Path(__file__).parent / "configs", pathlib.Path(__file__).parent.parent / "configs"):
-        if (folder / given.name).is_file() and given.parent.name in ("", "configs"):
-            return folder / given.name
+    if given.parts in ((given.name,), ("configs", given.name)) and (shipped := shipped_file(given.name)):
+        return shipped
     raise InputError(f"--config={path}: no such file; give the path of a config, such as configs/vit2d.py")
+
+
+def shipped_file(name: str) -> pathlib.Path | None:
+    """The config of that name that comes with the package: within it where it is installed, beside it in a checkout."""
+    package = pathlib.Path(__file__).parent
+    return next((file for file in (package / "configs" / name, package.parent / "configs" / name) if file.is_file()), None)
 
 
 def load_module(path: str) -> Any:
@@ -63,7 +67,7 @@ def load_module(path: str) -> Any:
     if spec is None or spec.loader is None:
         raise InputError(f"--config={path}: not a Python file; give one ending in .py")
     module = importlib.util.module_from_spec(spec)
-    with _errors_of(file):
+    with errors_of(file):
         spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"--config={path}: has no get_config(arg); see configs/vit2d.py for one")
@@ -71,13 +75,13 @@ def load_module(path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _errors_of(file: pathlib.Path) -> Iterable[None]:
+def errors_of(file: pathlib.Path) -> Iterable[None]:
     """Name file and line where a config file itself goes wrong."""
     try:
         yield
     except InputError:
         raise
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, KeyError, ValueError, OSError) as error:
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is a fault of it
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
         raise InputError(f"{file}, line {line}: {type(error).__name__}: {error}; mend the config file") from error
@@ -87,8 +91,10 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
     """The config of `file.py` or `file.py:arguments` (only the first colon splits), with `field=value` overrides on top."""
     path, _, argument = spec.partition(":")
     module = load_module(path)
-    with _errors_of(find_file(path)):
+    with errors_of(find_file(path)):
         config = module.get_config(argument)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"--config={path}: get_config gave {type(config).__name__}; it must return an ml_collections.ConfigDict")
     for field, text in (overrides or {}).items():
         override(config, field, text)
     return config
@@ -111,7 +117,11 @@ def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
     """Set one field from its text, by the type that it has; InputError for an unknown field or a value that does not fit."""
     fields = flatten(config.to_dict())
     if field not in fields:
-        raise InputError(f"--config.{field}: no such field; {nearest(field, fields)}")
+        section = field.rpartition(".")[0]
+        there = [name.rpartition(".")[2] for name in fields if name.rpartition(".")[0] == section]
+        listed = f"{section or 'the config'} has {', '.join(there)}" if there else f"sections are {', '.join(config)}"
+        close = difflib.get_close_matches(field, fields, n=1)
+        raise InputError(f"--config.{field}: no such field; {f'did you mean {close[0]}? ' if close else ''}{listed}")
     *parents, leaf = field.split(".")
     owner = config
     for parent in parents:
@@ -123,9 +133,9 @@ def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
 def parse(name: str, text: str, like: Any) -> Any:
     """The value written in `text`, of the type of `like`; where `like` is 'auto', numbers or a word."""
     if like == "auto":
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, OverflowError):
             return _numbers(text, float)
-    if isinstance(like, str):
+    if isinstance(like, str) or text == "auto":
         return text
     try:
         if isinstance(like, tuple):
@@ -136,7 +146,7 @@ def parse(name: str, text: str, like: Any) -> Any:
         if isinstance(like, int) and value != int(value):
             raise ValueError("not a whole number")
         return type(like)(value)
-    except (ValueError, KeyError, SyntaxError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(like)]
         raise InputError(f"{name}={text}: not {kind}; write {name}={_example(like)}") from error
 
@@ -144,10 +154,7 @@ def parse(name: str, text: str, like: Any) -> Any:
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:
     """'7', '2x7x7', '0,1,2' and '(0, 1, 2)' as a tuple of numbers."""
     parts = text.replace("x", ",").strip("()[] ").strip(",").split(",")
-    values = [ast.literal_eval(part.strip()) for part in parts]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) and kind(value) == value for value in values):
-        raise ValueError("not all numbers")
-    return tuple(kind(value) for value in values)
+    return tuple(kind(part) for part in parts)
 
 
 def patch_text(patch_size: Sequence[int]) -> str:
@@ -165,6 +172,29 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def as_tuples(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """A config read from JSON, its lists turned into the tuples that they were."""
+    turned = {key: as_tuples(value) if isinstance(value, Mapping) else value for key, value in nested.items()}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in turned.items()}
+
+
+def conform(config: Mapping[str, Any], where: str) -> None:
+    """InputError unless a nested config has just the fields of configs/vit2d.py, each of its kind: no CLI meets another one later."""
+    reference, fields = flatten(load(str(shipped_file("vit2d.py"))).to_dict()), flatten(config)
+    for word, names in (("lacks", reference.keys() - fields.keys()), ("has the unknown", fields.keys() - reference.keys())):
+        if names:
+            raise InputError(f"{where} {word} {', '.join(sorted(names))}; take the fields of configs/vit2d.py of this version")
+    for name, like in reference.items():
+        value = fields[name]
+        kinds = (str, tuple) if like == "auto" else (int, float) if isinstance(like, float) else (type(like),)
+        good = isinstance(value, kinds) and isinstance(value, bool) == isinstance(like, bool)
+        if isinstance(value, tuple):
+            number = int if isinstance(like, tuple) and isinstance(like[0], int) else (int, float)
+            good = good and bool(value) and all(isinstance(entry, number) and not isinstance(entry, bool) for entry in value)
+        if not good:
+            raise InputError(f"{where}: {name} is {value!r}; must be of the kind of {like!r}")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------------------
@@ -232,12 +262,16 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         raise Stopped(signum)
 
     former = signal.signal(signal.SIGTERM, stop)
+    with contextlib.suppress(AttributeError):  # a stream that is no text file
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not end a run that took hours
     try:
         return main(argv)
     except InputError as error:
         return _complain(error, 2)
     except MachineError as error:
         return _complain(error, 1)
+    except MemoryError as error:
+        return _complain(f"out of memory ({error}); lower train.batch_size or eval.batch_size, or take a larger patch", 1)
     except OSError as error:  # a full disk, a folder removed under the run, a lost network drive
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}; mend that and run the same command again", 1)

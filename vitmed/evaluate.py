@@ -59,13 +59,19 @@ def main(argv: Sequence[str]) -> int:
         raise config_lib.InputError(f"--config.{next(iter(overrides))}: a run's config is its own; vitmed.evaluate takes no overrides")
     config_lib.one_of("--split", flags.split, SPLITS)
     out = _writable(flags.out)
-    members = [predict(pathlib.Path(path), split=flags.split, data_root=flags.data_root) for path in flags.workdir]
+    paths = [pathlib.Path(path).expanduser() for path in flags.workdir]
+    configs = [restored_config(folder.RunFolder(path), flags.data_root) for path in paths]
+    check_alike(paths, configs)
+    with machine.memory_errors():
+        members = [predict(path, config, split=flags.split) for path, config in zip(paths, configs, strict=True)]
     measured, warnings = measure(members)
     for warning in warnings:
         print(f"vitmed: {flags.split}: {warning}", file=sys.stderr)
     show(members, flags.split, measured)
     if out:
-        record = {"workdirs": flags.workdir, "dataset": members[0].description.name, "seeds": members[0].seeds, flags.split: measured}
+        description = members[0].description
+        record = {"workdirs": flags.workdir, "dataset": description.name, "synthetic": description.synthetic, "seeds": members[0].seeds}
+        record[flags.split] = measured
         folder.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
     failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
     if failed:
@@ -83,10 +89,17 @@ def _writable(out: str | None) -> pathlib.Path | None:
     return path
 
 
-def predict(path: pathlib.Path, *, split: str, data_root: str | None) -> Member:
+def check_alike(paths: Sequence[pathlib.Path], configs: Sequence[ml_collections.ConfigDict]) -> None:
+    """InputError where runs do not belong together, before any of them is predicted."""
+    for path, config in zip(paths, configs, strict=True):
+        for what, mine, first in (("data set", config.data.name, configs[0].data.name), ("seeds", config.seeds, configs[0].seeds)):
+            if mine != first:
+                raise config_lib.InputError(f"{path}: its {what} is {mine}, that of {paths[0]} is {first}; an ensemble shares it")
+
+
+def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str) -> Member:
     """Restore a run's best parameters and take them over a split, by the very program that training used."""
     run_folder = folder.RunFolder(path)
-    config = restored_config(run_folder, data_root)
     planned = experiment.plan(config)
     dataset = planned.load()
     schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
@@ -105,14 +118,13 @@ def predict(path: pathlib.Path, *, split: str, data_root: str | None) -> Member:
 
 
 def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
-    """The config of a run, looking for its data in `data_root` where given, and on this machine's devices."""
-    config = ml_collections.ConfigDict(run_folder.read_config(), convert_dict=True)
-    try:
-        config.mesh.update(data=-1, fsdp=1)
-        if data_root is not None:
-            config.data.root = data_root
-    except (AttributeError, KeyError) as error:
-        raise config_lib.InputError(f"{run_folder.path}: config.json is not one of this version ({error})") from error
+    """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
+    stored = config_lib.as_tuples(run_folder.read_config())
+    config_lib.conform(stored, f"{run_folder.path}: config.json")
+    config = ml_collections.ConfigDict(stored)
+    config.mesh.update(data=1, fsdp=1)
+    if data_root is not None:
+        config.data.root = data_root
     return config
 
 
@@ -133,9 +145,6 @@ def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
     """The metrics of one run, as training measures them, or of the mean of several runs' probabilities, seed by seed."""
     first = members[0]
     for other in members[1:]:
-        for what, mine, others in (("data set", first.description.name, other.description.name), ("seeds", first.seeds, other.seeds)):
-            if mine != others:
-                raise config_lib.InputError(f"{other.path}: its {what} is {others}, that of {first.path} is {mine}; an ensemble shares it")
         if not np.array_equal(first.labels, other.labels):
             raise config_lib.InputError(f"{other.path}: its labels are not those of {first.path}; an ensemble needs the same examples")
     task, labels = first.description.task, first.labels
@@ -152,7 +161,8 @@ def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
 def show(members: Sequence[Member], split: str, measured: dict[str, Any]) -> None:
     """A table: a line per metric, a column per seed and their mean."""
     title = " + ".join(str(member.path) for member in members)
-    table = rich.table.Table(title=f"{title}: {split}", title_justify="left")
+    synthetic = " (synthetic)" if members[0].description.synthetic else ""
+    table = rich.table.Table(title=f"{title}: {members[0].description.name}{synthetic}, {split}", title_justify="left")
     for name in ("metric", *(f"seed {seed}" for seed in members[0].seeds), "mean ± sd"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, values in measured.items():

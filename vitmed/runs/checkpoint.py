@@ -6,14 +6,17 @@ A step holds three items: `state` (what training changes), `best` (the best para
 metrics of the same moment).
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -23,7 +26,7 @@ from vitmed.runs import folder
 SEAL = "sha256.json"
 KEPT = 2  # the newest, and the one before it in case the newest breaks
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every step of every save, and its errors before it raises them
 
 
 class Checkpoints:
@@ -33,6 +36,7 @@ class Checkpoints:
         self._path = pathlib.Path(path).resolve()
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
+        self._unsealed: int | None = None
 
     def __enter__(self) -> "Checkpoints":
         keep = preservation_policy.LatestN(KEPT)
@@ -42,28 +46,53 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if not self._read_only:
+            if not self._read_only and error is None:
                 self.finish()
         finally:
-            self._manager.close()
+            with contextlib.suppress(
+                OSError, ValueError, RuntimeError
+            ):  # what went wrong in the background was told above, or is being told
+                self._manager.close()
 
     def save(self, step: int, *, state: Any, best: Any, progress: dict[str, Any]) -> None:
-        """Begin to write a step; device arrays are copied before this returns, the files are written in the background."""
+        """Begin to write a step; device arrays are copied before this returns, the files are written in the background.
+
+        A broken step of that number, which the run has made again, is set aside, never overwritten. MachineError where writing fails.
+        """
         self.finish()
+        if self._step(step).exists():
+            os.replace(self._step(step), self._path / f"broken-{step}-{time.time_ns()}")
+            self._manager.reload()
         items = {"state": ocp.args.StandardSave(state), "best": ocp.args.StandardSave(best), "progress": ocp.args.JsonSave(progress)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._unsealed = step
 
     def finish(self) -> None:
-        """Wait for a save that is under way and seal it."""
-        self._manager.wait_until_finished()
-        for step in self._manager.all_steps():
-            if not (self._step(step) / SEAL).exists():
-                seal(self._step(step))
+        """Wait for a save that is under way and seal it; MachineError where it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+        if self._unsealed is not None:  # only what this process wrote: sealing anything else would vouch for bytes unseen
+            seal(self._step(self._unsealed))
+            self._unsealed = None
 
     def poll(self) -> None:
         """Seal a save that has ended meanwhile; does not wait."""
         if not self._manager.is_saving_in_progress():
             self.finish()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax reports a full disk or a lost folder as one of several errors and at great length; here it is one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._unsealed = None
+            cause = str(error).strip().splitlines()
+            raise config.MachineError(
+                f"{self._path}: the checkpoint could not be written ({cause[0][:200] if cause else type(error).__name__}); "
+                "make room there and run the same command again"
+            ) from error
 
     def latest(self) -> int | None:
         """The newest intact step, or None where none was ever sealed; what is broken is named on stderr and left alone.
@@ -129,8 +158,3 @@ def _digests(step: pathlib.Path) -> dict[str, str]:
             with file.open("rb") as stream:
                 found[str(file.relative_to(step))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and shardings of a pytree: what `restore` needs in order to place arrays."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)

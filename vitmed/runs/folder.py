@@ -188,7 +188,10 @@ class RunFolder:
         except OSError as error:
             raise config_lib.InputError(f"{refused}: {error.strerror or error}; choose another") from error
         if holds_run:
-            self._check_same(config)
+            return self._check_same(config)
+        for path in (self.checkpoints, self.result):
+            if path.exists():
+                raise config_lib.InputError(f"{refused}: {path} is of a run, but there is no config.json; choose another, or bring it back")
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (self.read_config(), config))

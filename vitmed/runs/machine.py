@@ -1,14 +1,17 @@
 """On what a run ran: the device's name, its peak memory, the versions of what computed and stored; and where programs are cached."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
+
+from vitmed import config
 
 PACKAGES = ("vitmed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -40,9 +43,23 @@ def cache_programs() -> None:
     JAX_COMPILATION_CACHE_DIR names another folder. Processors with other instruction sets that share a home do not share programs.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+        if not root.is_absolute():  # a user without a home, as in many containers
+            return
         jax.config.update("jax_compilation_cache_dir", str(root / "vitmed" / f"programs-{_instruction_set()}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """MachineError in one line where the device or the host runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        cause = str(error).splitlines()[0][:200]
+        raise config.MachineError(f"{cause}; lower train.batch_size or the number of seeds, or take a larger patch") from error
 
 
 def _instruction_set() -> str:

@@ -68,8 +68,8 @@ def train_step(
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    # A gradient that is not finite makes an update that is not, so the updates speak for both.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
+    # Both: a huge gradient overflows in Adam's second moment and leaves a finite update, zero over zero makes a NaN of a finite gradient.
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients)) & jnp.isfinite(optax.tree.norm(updates))
     alive = state.failed_at == ALIVE
     moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.failed_at)
     stayed = state.replace(failed_at=jnp.where(alive, state.step, state.failed_at))
