@@ -283,3 +283,15 @@ def test_with_no_intact_checkpoint_left_nothing_is_trained_or_deleted(small_conf
     with pytest.raises(config.InputError, match=r"no intact checkpoint .*state.* is missing.*move the folder away"):
         start(cfg, path)
     assert sorted(path.rglob("*")) == before
+
+
+def test_a_failed_seed_is_still_failed_after_a_stop_within_the_epoch(small_config, tmp_path, capsys):
+    cfg = small_config(train__learning_rate="1e38")
+    with pytest.raises(config.Stopped):
+        start(cfg, tmp_path, signals=StopAfter(2), steps_per_chunk=1)
+    assert stored(cfg, tmp_path)[1]["failed"] == [True, True]
+    capsys.readouterr()
+    outcome = start(cfg, tmp_path, steps_per_chunk=1)
+    assert outcome.failed_seeds == [0, 1]
+    assert "not finite" not in capsys.readouterr().err  # said once, when it happened
+    assert all(loss is None for row in folder.RunFolder(tmp_path).read_metrics() for loss in row["train_loss"])
