@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib.util
 import math
+import os
 import pathlib
 import signal
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import ml_collections
+
+EXIT_OF_SIGNAL = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 
 class InputError(ValueError):
@@ -256,12 +259,15 @@ def parse_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace
 
 
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Call a CLI's main and turn what users and machines cause into one line on stderr and the contract's exit status."""
+    """Call a CLI's main and turn what users and machines cause into one line on stderr and the contract's exit status.
+
+    Wherever `main` handles no signals itself there is nothing to save, and SIGTERM and SIGINT end the process at once.
+    """
 
     def stop(signum: int, frame: object) -> NoReturn:
-        raise Stopped(signum)
+        os._exit(EXIT_OF_SIGNAL[signum])  # an exception would be raised within whatever library is being imported, and break it
 
-    former = signal.signal(signal.SIGTERM, stop)
+    former = {signum: signal.signal(signum, stop) for signum in EXIT_OF_SIGNAL if signal.getsignal(signum) != signal.SIG_IGN}
     with contextlib.suppress(AttributeError):  # a stream that is no text file
         sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not end a run that took hours
     try:
@@ -276,11 +282,12 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}; mend that and run the same command again", 1)
     except Stopped as stopped:
-        return 130 if stopped.signum == signal.SIGINT else 75
+        return EXIT_OF_SIGNAL[stopped.signum]
     except KeyboardInterrupt:
-        return 130
+        return EXIT_OF_SIGNAL[signal.SIGINT]
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
 
 
 def _complain(message: object, status: int) -> int:
