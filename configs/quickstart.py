@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.update(name=given["dataset"], size=given["size"])
     config.model.update(variant=given["variant"], patch_size=given["patch"], pretrained=given["pretrained"])
     config.model.update(pooling="mean")
-    config.train.update(epochs=20, batch_size=32, learning_rate=1e-3)
+    config.train.update(epochs=30, batch_size=32, learning_rate=1e-3)
     # Flips alone: a resampled speck is no speck any more.
     config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), rotation_degrees=0.0, brightness=0.0, contrast=0.0)
     if given["dataset"].startswith("phantom"):  # their own statistics: dark images of little contrast

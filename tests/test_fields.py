@@ -46,7 +46,7 @@ def test_the_recorder_notes_what_is_read_and_nothing_else():
     read: set[str] = set()
     recorder = Recorder(config.load(f"{ROOT}/configs/quickstart.py:patch=14"), read)
     recorder.to_dict()
-    assert recorder.train.epochs == 20
+    assert recorder.train.epochs == 30
     assert recorder.model["variant"] == "vit_mini"
     assert set(recorder.eval.to_dict()) == {"batch_size"}
     assert read == {"train.epochs", "model.variant", "eval.batch_size"}
