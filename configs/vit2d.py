@@ -3,17 +3,26 @@
     python -m vitmed.main --config=configs/vit2d.py:dataset=breastmnist,patch=7 --workdir=runs/breast_p7
 
 Arguments: dataset (a 2D MedMNIST set or phantom2d), patch (7, or 7x14), variant (vit_ti, vit_s, vit_b, vit_l), size (28, 64, 128, 224),
-pretrained (empty: from scratch). Every field below is a flag: --config.train.epochs=20.
+pretrained (a file, a finished run's folder, a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, which is vit_ti's default,
+or empty: from scratch). Every field below is a flag: --config.train.epochs=20.
 """
 
 import ml_collections
 
 from vitmed import config as config_lib
 
+# What a variant starts from unless something else is asked for: AugReg, ImageNet-21k and then ImageNet-1k (arXiv 2106.10270).
+AUGREG = {
+    "vit_ti": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_s": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_b": "timm/vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "vit_l": "timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
+}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    given = config_lib.arguments(arg, dataset="breastmnist", patch=(7,), variant="vit_ti", size=28, pretrained="")
+    given = config_lib.arguments(arg, dataset="breastmnist", patch=(7,), variant="vit_ti", size=28, pretrained="default")
     config = ml_collections.ConfigDict()
     config.seeds = (0, 1, 2)  # one independent run each, trained together
 
@@ -28,12 +37,15 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.variant = given["variant"]
     config.model.patch_size = given["patch"]  # pixels; one entry stands for all axes
-    config.model.pretrained = given["pretrained"]
-    config.model.in_channels = 3  # gray images are copied to three
+    default = AUGREG.get(given["variant"], "")
+    config.model.pretrained = default if given["pretrained"] == "default" else given["pretrained"]  # empty: from scratch
+    config.model.inflation = "average"  # how 2D weights come to the depth of 3D patches: average or center
+    config.model.depth_positions = "copy"  # and their positions: copy, or sincos (a code of the depth added)
+    config.model.in_channels = 3  # gray images are copied to three; 1 sums the kernel of RGB weights instead
     # Of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel.
     config.model.mean = ml_collections.FieldReference("auto", field_type=object)
     config.model.std = ml_collections.FieldReference("auto", field_type=object)
-    config.model.pooling = "cls"  # cls or mean
+    config.model.pooling = "auto"  # auto (the weights' own; cls from scratch), cls, mean
     config.model.drop_path = 0.0  # stochastic depth: the rate of the last block
     config.model.dtype = "float32"  # of the arithmetic: float32 or bfloat16; parameters are float32
 

@@ -15,10 +15,11 @@ from vitmed import config as config_lib
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run: the 2D recipe with what the study does otherwise in 3D."""
-    given = config_lib.arguments(arg, dataset="fracturemnist3d", patch=(7,), variant="vit_ti", size=28, pretrained="")
-    config = config_lib.load(str(pathlib.Path(__file__).with_name("vit2d.py")))
+    given = config_lib.arguments(arg, dataset="fracturemnist3d", patch=(7,), variant="vit_ti", size=28, pretrained="default")
+    recipe = pathlib.Path(__file__).with_name("vit2d.py")
+    config = config_lib.load(f"{recipe}:variant={given['variant']},pretrained={given['pretrained']}")
     config.data.update(name=given["dataset"], rank=3, size=given["size"])
-    config.model.update(variant=given["variant"], patch_size=given["patch"], pretrained=given["pretrained"])
+    config.model.patch_size = given["patch"]
     config.train.update(epochs=20, learning_rate=1e-5)
     config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), rotation_degrees=0.0, brightness=0.0, contrast=0.0)
     config.augment.update(flip_h=0.5, flip_w=0.5, quarter_turns=True)  # of the H-W plane

@@ -29,13 +29,29 @@ def _programs(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def _shared(folder: str, witness: str) -> pathlib.Path:
+    if not (SHARED / folder / witness).exists():
+        pytest.skip(f"no {witness} in {SHARED / folder}; set VITMED_SHARED to the folder that holds {folder}/")
+    return SHARED / folder
+
+
 @pytest.fixture
 def shared_data() -> pathlib.Path:
     """The folder of real MedMNIST files, or a skip that says where they were looked for."""
-    folder = SHARED / "data"
-    if not (folder / "breastmnist.npz").exists():
-        pytest.skip(f"no real data in {folder}; set VITMED_SHARED to the folder that holds data/")
-    return folder
+    return _shared("data", "breastmnist.npz")
+
+
+@pytest.fixture
+def shared_fixtures() -> pathlib.Path:
+    """The folder of what timm computes, or a skip."""
+    return _shared("fixtures", "micro_vit.safetensors")
+
+
+@pytest.fixture
+def vit_tiny() -> str:
+    """The file of the real ImageNet ViT-Tiny, or a skip."""
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    return str(_shared("weights", name) / name)
 
 
 @pytest.fixture

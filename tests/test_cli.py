@@ -36,7 +36,9 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 def test_a_run_leaves_what_the_contract_names(finished):
     names = {str(file.relative_to(finished)) for file in finished.rglob("*") if file.is_file() and "checkpoints" not in file.parts}
-    assert names - {".lock"} == {"config.json", "metrics.jsonl", "predictions/val.npz", "predictions/test.npz", "result.json"}
+    files = {"config.json", "model.json", "metrics.jsonl", "result.json"}
+    files |= {f"predictions/{split}.npz" for split in ("val", "test")} | {f"weights/seed{seed}.safetensors" for seed in (0, 1)}
+    assert names - {".lock"} == files
     result = json.loads((finished / "result.json").read_text())
     jsonschema.validate(result, json.loads((ROOT / "vitmed/runs/result.schema.json").read_text()))
     assert (result["dataset"], result["task"], result["image_size"], result["patch_size"]) == ("phantom2d", "binary", [28, 28], [14, 14])
@@ -115,9 +117,9 @@ def refused(capsys, tmp_path, *argv: object, command=main) -> str:
         (["--config=configs/vit2d.py", "--config.train.epoch=3"], ["train.epoch", "train.epochs"]),
         (["--config=configs/vit2d.py", "--config.train.epochs=three"], ["train.epochs=three", "whole number"]),
         (["--config=configs/vit2d.py", "--confg=3"], ["--confg", "--config"]),
-        (["--config=configs/vit2d.py", "--config.data.root=/no/such/folder"], ["/no/such/folder"]),
+        (["--config=configs/vit2d.py:pretrained=", "--config.data.root=/no/such/folder"], ["/no/such/folder"]),
         (["--config=configs/quickstart.py", "--config.mesh.data=64"], ["mesh.data=64", "1"]),
-        (["--config=configs/vit2d.py", "--sweep", "--config.train.epochs=0"], ["train.epochs=0"]),
+        (["--config=configs/vit2d.py", "--sweep", "--config.model.pretrained=", "--config.train.epochs=0"], ["train.epochs=0"]),
         (["--config=configs/vit2d.py:patch=7", "--sweep"], ["--sweep", "patch=7"]),
     ],
 )

@@ -141,7 +141,7 @@ def test_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
         ("patch=0", {}, ["model.patch_size", "positive"]),
         ("size=50", {}, ["data.size", "28, 64, 128, 224"]),
         ("variant=vit_xxl", {}, ["vit_xxl", "vit_ti"]),
-        ("pretrained=some/weights", {}, ["model.pretrained", "empty"]),
+        ("pretrained=some/where/weights", {}, ["some/where/weights", "no such file", "timm/"]),
         ("", {"seeds": "1,1"}, ["seeds=1,1", "different"]),
         ("", {"seeds": "-1"}, ["seeds=-1"]),
         ("", {"train.epochs": "0"}, ["train.epochs=0", "from 1"]),
@@ -172,7 +172,7 @@ def test_a_config_that_cannot_run_is_refused_before_data_are_read(argument, over
 )
 def test_a_mesh_that_the_devices_do_not_make_is_refused(overrides, words):
     with pytest.raises(config.InputError) as error:
-        _ = experiment.plan(config.load(VIT2D, overrides)).mesh
+        _ = experiment.plan(config.load(f"{VIT2D}:pretrained=", overrides)).mesh
     assert all(word in str(error.value) for word in words), error.value
 
 

@@ -35,6 +35,7 @@ class Recorder:
 def test_every_field_is_read(name, tmp_path):
     """A whole run is made with the smallest model; the fields keep the values of the config, save those that cost time."""
     data = {"vit3d": "dataset=phantom3d,patch=14"}.get(name, "dataset=phantom2d,patch=14")
+    data += ",pretrained="
     small = {"model.variant": "vit_micro", "train.epochs": "1", "train.batch_size": "600", "seeds": "0"}
     inner = config.load(f"{ROOT}/configs/{name}.py:{data}", small)
     read: set[str] = set()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vitmed import config as config_lib
-from vitmed.runs import folder
+from vitmed.runs import files, folder
 
 CONFIG = {
     "data": {"name": "breastmnist", "size": 28, "root": "/data"},
@@ -77,8 +77,8 @@ def everything_under(path):
 
 def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
     file = tmp_path / "a.json"
-    folder.write_whole(file, b"old")
-    folder.write_whole(file, b"new")
+    files.write_whole(file, b"old")
+    files.write_whole(file, b"new")
     assert everything_under(tmp_path) == {file.relative_to(tmp_path): b"new"}
     umask = os.umask(0)
     os.umask(umask)
@@ -88,27 +88,27 @@ def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_write_whole_on_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, call):
     file = tmp_path / "a.json"
-    folder.write_whole(file, b"old")
+    files.write_whole(file, b"old")
 
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(config_lib.MachineError, match=r"a\.json could not be written: No space left"):
-        folder.write_whole(file, b"new")
+        files.write_whole(file, b"new")
     assert everything_under(tmp_path) == {file.relative_to(tmp_path): b"old"}
 
 
 def test_write_whole_into_an_absent_folder(tmp_path):
     with pytest.raises(config_lib.MachineError, match="No such file"):
-        folder.write_whole(tmp_path / "absent" / "a.json", b"new")
+        files.write_whole(tmp_path / "absent" / "a.json", b"new")
 
 
 def test_write_whole_survives_kills(tmp_path):
     """A writer killed at any moment leaves one of the versions, entire."""
     file = tmp_path / "a.bin"
     program = (
-        "import sys; from vitmed.runs import folder\nwhile True:\n  for b in b'ab': folder.write_whole(sys.argv[1], bytes([b]) * 500_000)"
+        "import sys; from vitmed.runs import files\nwhile True:\n  for b in b'ab': files.write_whole(sys.argv[1], bytes([b]) * 500_000)"
     )
     for pause in (0.02, 0.05, 0.09):
         file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCANNED = ("vitmed", "configs", "launch", "benchmarks")
-LEAVES = {"config", "metrics", "cost"}
+LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
@@ -20,12 +20,15 @@ MAY_IMPORT = {
     "config": set(),
     "metrics": {"config"},  # the leaves share config's error classes, which import nothing of ours
     "cost": {"config"},
+    "npz": set(),
     "data": LEAVES | {"data"},
     "models": LEAVES | {"models"},
     "runs": LEAVES | {"runs"},
     "study": LEAVES | {"study", "runs.folder"},
     "training": LEAVES | {"training", "data", "models", "runs"},
-    "experiment": BELOW,
+    "checks": BELOW,
+    "network": BELOW,
+    "experiment": BELOW | {"checks", "network"},
     **dict.fromkeys(CLIS, BELOW | CLIS | {"experiment"}),
     "configs": LEAVES,
     "launch": BELOW | CLIS | {"experiment"},
@@ -37,8 +40,8 @@ BESIDE = {"configs": CLIS | {"configs", "launch", "benchmarks"}, "launch": {"lau
 TORCH = {"torch", "torchvision", "medmnist"}  # importing medmnist imports torch
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FORBIDDEN = {"data": DEVICE, "study": DEVICE, "models": {"optax", "grain", "orbax"}}
-ONLY_THESE = {"metrics": {"numpy"}, "cost": set()}  # besides the standard library
-SEE_CONFIG_DICTS = CLIS | {"experiment", "config", "configs"}
+ONLY_THESE = {"metrics": {"numpy"}, "cost": set(), "npz": {"numpy"}}  # besides the standard library
+SEE_CONFIG_DICTS = CLIS | {"experiment", "checks", "network", "config", "configs"}
 LOOP = "vitmed/training/loop.py"
 BAD_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 LONGEST = {"tests": 500}

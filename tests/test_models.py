@@ -24,8 +24,9 @@ def images_of(shape, *, batch=2, channels=3, seed=0):
     return np.random.default_rng(seed).normal(size=(batch, *shape, channels)).astype(np.float32)
 
 
-def micro(patch_size, *, variant="vit_micro", num_classes=5, **more):
-    return build.model(build.variant(variant), patch_size=patch_size, num_classes=num_classes, **more)
+def micro(patch_size, *, variant="vit_micro", num_classes=5, pooling="cls", **more):
+    architecture = build.pooled(build.variant(variant), pooling)
+    return build.model(architecture, patch_size=patch_size, num_classes=num_classes, **more)
 
 
 def initialiser(module, image_size, *, channels=3):
@@ -123,7 +124,7 @@ def test_an_image_of_another_size_than_the_positions_is_refused():
         module.apply({"params": params}, images_of((8, 12)))
 
 
-@pytest.mark.parametrize("pooling", vit.POOLINGS)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(("image_size", "patch_size"), [SHAPES[1], SHAPES[3]])
 def test_the_whole_forward_pass_agrees_with_numpy_in_float64(image_size, patch_size, pooling):
     module = micro(patch_size, pooling=pooling)
@@ -159,15 +160,16 @@ def test_gelu_is_the_exact_one():
 
 
 def test_2d_is_3d_of_depth_one():
-    sizes, images = build.Variant(width=12, depth=1, num_heads=3), images_of((14, 8))
+    sizes, images = build.plain(12, 1, 3), images_of((14, 8))
 
     def both(pooling):
-        return [build.model(sizes, patch_size=patch_size, num_classes=5, pooling=pooling) for patch_size in ((7, 4), (1, 7, 4))]
+        pooled = build.pooled(sizes, pooling)
+        return [build.model(pooled, patch_size=patch_size, num_classes=5) for patch_size in ((7, 4), (1, 7, 4))]
 
     flat, deep = both("cls")
     params, same = quick_jit(initialiser(flat, (14, 8)))(), quick_jit(initialiser(deep, (1, 14, 8)))()
     jax.tree.map(np.testing.assert_array_equal, params, same)  # also refuses another tree
-    for flat, deep in map(both, vit.POOLINGS):
+    for flat, deep in map(both, ["cls", "mean"]):
         np.testing.assert_allclose(applied(deep, params, images[:, None]), applied(flat, params, images), atol=1e-6)
 
 
@@ -208,7 +210,7 @@ def products(jaxpr):
 
 
 def test_fresh_parameters_are_distributed_as_timms():
-    module = build.model(build.Variant(width=512, depth=2, num_heads=4), patch_size=(4, 4), num_classes=40)
+    module = build.model(build.plain(512, 2, 4), patch_size=(4, 4), num_classes=40)
     params = quick_jit(initialiser(module, (16, 16)))()
     blocks = [params["block_00"], params["block_01"]]
     dense = [part for block in blocks for part in (block["attn"]["qkv"], block["attn"]["proj"], block["mlp"]["fc1"], block["mlp"]["fc2"])]
@@ -261,7 +263,7 @@ def test_drop_path_is_the_identity_in_evaluation_and_drops_whole_examples_in_tra
 
 def test_drop_path_rises_over_depth_and_every_branch_draws_its_own():
     B, rate, depth = 2000, 0.6, 4
-    module = build.model(build.Variant(width=4, depth=depth, num_heads=1), patch_size=(2, 2), num_classes=2, drop_path=rate)
+    module = build.model(build.plain(4, depth, 1), patch_size=(2, 2), num_classes=2, drop_path=rate)
     images, params = images_of((2, 2), batch=B), made_up(initialiser(module, (2, 2)))
 
     @quick_jit

@@ -23,7 +23,7 @@ from vitmed.training import augment, optim, programs, sharding, tasks
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4)]  # data x fsdp
 SEEDS, K, B, N = (0, 1), 5, 8, 24
 # The narrowest model of which a matrix is large enough to be split: 64 x 256.
-SIZES = build.Variant(width=64, depth=2, num_heads=4)
+SIZES = build.plain(64, 2, 4)
 
 
 def train(data, fsdp):

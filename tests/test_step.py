@@ -239,7 +239,7 @@ def test_prediction_is_of_each_example_alone_and_not_augmented():
             assert float(losses[run, example]) == pytest.approx(-np.log(alone[one["labels"][0, 0]]), rel=1e-4)
 
 
-VIT = build.model(build.Variant(width=12, depth=2, num_heads=3), patch_size=(4, 4), num_classes=CLASSES, drop_path=0.3)
+VIT = build.model(build.plain(12, 2, 3), patch_size=(4, 4), num_classes=CLASSES, drop_path=0.3)
 
 
 @functools.cache

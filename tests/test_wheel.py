@@ -15,7 +15,7 @@ def test_an_installed_wheel_finds_its_configs_and_its_schema(tmp_path):
     subprocess.run([*PIP, "install", "--no-deps", f"--target={tmp_path / 'site'}", str(wheel)], check=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     small = ["--config.model.variant=vit_micro", "--config.train.epochs=1", "--config.train.batch_size=600", "--config.seeds=0"]
-    for config in ("vit2d.py:dataset=phantom2d,patch=28", "vit3d.py:dataset=phantom3d,patch=28"):
+    for config in ("vit2d.py:dataset=phantom2d,patch=28,pretrained=", "vit3d.py:dataset=phantom3d,patch=28,pretrained="):
         workdir = tmp_path / config.partition(".")[0]
         command = [sys.executable, "-m", "vitmed.main", f"--config=configs/{config}", f"--workdir={workdir}", *small]
         subprocess.run(command, cwd=tmp_path, env=environment, check=True)

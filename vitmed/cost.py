@@ -57,15 +57,17 @@ def num_params(
     mlp_width: int,
     num_classes: int,
     num_prefix_tokens: int = 1,
+    swiglu: bool = False,
 ) -> int:
     """Return the parameters of one ViT (one seed): patch embedding, prefix tokens, positions of all tokens, blocks, norm, head.
 
-    Equals timm's count for a model with a learned position for every token; num_classes 0 is a model without a head.
+    Equals timm's count for a model with a learned position for every token; num_classes 0 is a model without a head. Layer scale and
+    attention pooling are not counted.
     """
     tokens = num_tokens(image_size, patch_size, num_prefix_tokens=num_prefix_tokens)
     embedding = (math.prod(patch_size) * in_channels + 1) * width
     attention = (width + 1) * 3 * width + (width + 1) * width
-    mlp = (width + 1) * mlp_width + (mlp_width + 1) * width
+    mlp = (width + 1) * mlp_width * (1 + swiglu) + (mlp_width + 1) * width
     norm = 2 * width
     head = (width + 1) * num_classes
     return embedding + (num_prefix_tokens + tokens) * width + depth * (2 * norm + attention + mlp) + norm + head
@@ -81,17 +83,21 @@ def gmacs_forward(
     mlp_width: int,
     num_classes: int,
     num_prefix_tokens: int = 1,
+    swiglu: bool = False,
+    attention_pool: bool = False,
 ) -> float:
-    """Return 1e9 multiply-accumulates of one image's forward pass: patch embedding, blocks and head; norms and biases are free.
+    """Return 1e9 multiply-accumulates of one image's forward pass: patch embedding, blocks, pool and head; norms and biases are free.
 
-    A block costs N (4 D^2 + 2 D M) in its linear layers and 2 N^2 D in attention (scores and weighted sum).
+    A block costs N (4 D^2 + 2 D M) in its linear layers, with SwiGLU N (4 D^2 + 3 D M), and 2 N^2 D in attention (scores and weighted
+    sum). An attention pool costs keys and values of the patches, one query's attention to them, and one token's MLP.
     """
     patches = num_patches(image_size, patch_size)
     tokens = patches + num_prefix_tokens
     embedding = patches * math.prod(patch_size) * in_channels * width
-    linear = tokens * (4 * width**2 + 2 * width * mlp_width)
+    linear = tokens * (4 * width**2 + (2 + swiglu) * width * mlp_width)
     attention = 2 * tokens**2 * width
-    return (embedding + depth * (linear + attention) + width * num_classes) / 1e9
+    pool = patches * (2 * width**2 + 2 * width) + 2 * width**2 + 2 * width * mlp_width if attention_pool else 0
+    return (embedding + depth * (linear + attention) + pool + width * num_classes) / 1e9
 
 
 def activations_per_example(

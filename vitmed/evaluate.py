@@ -18,7 +18,7 @@ import rich.table
 from vitmed import config as config_lib
 from vitmed import experiment, metrics
 from vitmed.data import sources
-from vitmed.runs import checkpoint, folder, machine
+from vitmed.runs import checkpoint, files, folder, machine
 from vitmed.study import tables
 from vitmed.training import evaluation, loop, programs, step
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         description = members[0].description
         record = {"workdirs": flags.workdir, "dataset": description.name, "synthetic": description.synthetic, "seeds": members[0].seeds}
         record[flags.split] = measured
-        folder.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
+        files.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
     failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
     if failed:
         print(f"vitmed: failed seeds {', '.join(map(str, failed))} are left out", file=sys.stderr)
@@ -100,7 +100,7 @@ def check_alike(paths: Sequence[pathlib.Path], configs: Sequence[ml_collections.
 def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str) -> Member:
     """Restore a run's best parameters and take them over a split, by the very program that training used."""
     run_folder = folder.RunFolder(path)
-    planned = experiment.plan(config)
+    planned = experiment.plan(config, experiment.recorded_network(run_folder))
     dataset = planned.load()
     schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
     recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch)

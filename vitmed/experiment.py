@@ -1,7 +1,7 @@
 """From a config to what is trained: checked, described and built in one place for every CLI.
 
 `plan` reads no data and writes nothing: whatever is wrong with a config is an InputError there. `recipe` is what the device needs,
-`run` trains into a folder, `result` is the record of a finished run.
+`run` trains into a folder, `result` is the record of a finished run. The config's parts are checked in `checks` and `network`.
 """
 
 import dataclasses
@@ -12,17 +12,15 @@ from typing import Any
 import jax
 import ml_collections
 
+from vitmed import checks, cost
 from vitmed import config as config_lib
-from vitmed import cost
+from vitmed import network as networks
 from vitmed.data import pipeline, sources
-from vitmed.models import build, inputs, vit
-from vitmed.runs import folder, guard, machine
+from vitmed.models import build, exported, inputs
+from vitmed.runs import checkpoint, folder, guard, machine
 from vitmed.training import augment, loop, optim, programs, sharding, tasks
 
 PLACEMENTS = ("auto", "device", "host")
-MOST = 10**6  # epochs, images in a batch
-# The preprocessing of the AugReg weights that the study starts from; a network from scratch takes the same.
-DEFAULT_MEAN = DEFAULT_STD = 0.5
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
 # estimated from these rates, never measured: chunk boundaries must follow from the config alone.
 CHUNK_SECONDS, GMACS_PER_SECOND, PARAMETER_BYTES_PER_SECOND = 5.0, 50.0, 5e9
@@ -35,10 +33,8 @@ class Experiment:
 
     config: ml_collections.ConfigDict
     description: sources.Description
-    variant: build.Variant
+    network: networks.Network
     patch_size: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     seeds: tuple[int, ...]
     augmentation: augment.Augmentation
 
@@ -64,15 +60,23 @@ class Experiment:
     @property
     def shape(self) -> dict[str, Any]:
         """The model's sizes as `cost` takes them."""
+        architecture = self.network.architecture
         return {
             "image_size": self.image_size,
             "patch_size": self.patch_size,
             "in_channels": self.config.model.in_channels,
-            "width": self.variant.width,
-            "depth": self.variant.depth,
-            "mlp_width": self.variant.mlp_width,
+            "width": architecture.width,
+            "depth": architecture.depth,
+            "mlp_width": architecture.mlp_width,
+            "num_prefix_tokens": architecture.num_prefix_tokens,
+            "swiglu": architecture.swiglu,
             "num_classes": self.description.num_classes,
         }
+
+    @property
+    def gmacs_forward(self) -> float:
+        """1e9 multiply-accumulates of one image's forward pass."""
+        return cost.gmacs_forward(**self.shape, attention_pool=self.network.architecture.pooling == "map")
 
     @property
     def label(self) -> str:
@@ -85,8 +89,11 @@ class Experiment:
         return sources.load(data.name, size=data.size, root=data.root, verify=data.verify)
 
 
-def plan(config: ml_collections.ConfigDict) -> Experiment:
-    """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched."""
+def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
+    """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched.
+
+    A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
+    """
     config_lib.conform(config.to_dict(), "the config")
     description = sources.describe(config.data.name, config.data.size)
     if config.data.rank != description.rank:
@@ -97,80 +104,22 @@ def plan(config: ml_collections.ConfigDict) -> Experiment:
     config_lib.one_of("data.placement", config.data.placement, PLACEMENTS)
     patch_size = config_lib.per_axis("model.patch_size", config.model.patch_size, description.rank)
     cost.num_patches(description.image_size, patch_size)
-    mean = _normalisation(config, "mean", DEFAULT_MEAN)
-    std = _normalisation(config, "std", DEFAULT_STD)
-    config_lib.require(min(std) > 0, "model.std", std, "positive")
-    _check_model(config, description.num_channels)
-    _check_training(config)
+    checks.training(config)
     return Experiment(
         config=config,
         description=description,
-        variant=build.variant(config.model.variant),
+        seeds=checks.seeds(config),
+        augmentation=checks.augmentation(config, description.image_size),
+        network=recorded or networks.of_config(config, description),
         patch_size=patch_size,
-        mean=mean,
-        std=std,
-        seeds=_seeds(config),
-        augmentation=_augmentation(config, description.image_size),
     )
-
-
-def _check_model(config: ml_collections.ConfigDict, num_channels: int) -> None:
-    model = config.model
-    if model.pretrained:
-        raise config_lib.InputError(f"model.pretrained={model.pretrained}: this version trains from scratch only; leave it empty")
-    config_lib.one_of("model.pooling", model.pooling, vit.POOLINGS)
-    config_lib.one_of("model.dtype", model.dtype, build.DTYPES)
-    allowed = (1, 3) if num_channels == 1 else (num_channels,)
-    config_lib.require(model.in_channels in allowed, "model.in_channels", model.in_channels, f"{' or '.join(map(str, allowed))} here")
-    config_lib.require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "from 0 to less than 1")
-
-
-def _check_training(config: ml_collections.ConfigDict) -> None:
-    train = config.train
-    whole = {name: train[name] for name in ("epochs", "batch_size", "lr_step_epochs")}
-    for name, value in ({f"train.{name}": value for name, value in whole.items()} | {"eval.batch_size": config.eval.batch_size}).items():
-        config_lib.require(1 <= value <= MOST, name, value, f"from 1 to {MOST}")
-    for name in ("learning_rate", "weight_decay", "lr_gamma", "epsilon", "checkpoint_seconds"):
-        config_lib.finite(f"train.{name}", train[name], least=0.0)
-    for name in ("beta1", "beta2"):
-        config_lib.require(0 <= train[name] < 1, f"train.{name}", train[name], "from 0 to less than 1")
-
-
-def _seeds(config: ml_collections.ConfigDict) -> tuple[int, ...]:
-    seeds = tuple(config.seeds)
-    good = bool(seeds) and len(set(seeds)) == len(seeds) and all(0 <= seed < 2**31 for seed in seeds)
-    config_lib.require(good, "seeds", seeds, "one or more different whole numbers from 0 to 2147483647")
-    return seeds
-
-
-def _normalisation(config: ml_collections.ConfigDict, name: str, default: float) -> tuple[float, ...]:
-    """model.mean or model.std of values in [0, 1]: one number for all channels or one for each."""
-    value, channels = config.model[name], config.model.in_channels
-    numbers = (default,) if value == "auto" else value
-    good = not isinstance(numbers, str) and len(numbers) in (1, channels) and all(math.isfinite(number) for number in numbers)
-    config_lib.require(good, f"model.{name}", value, f"auto, one number, or {channels} for {channels} channels")
-    return tuple(numbers)
-
-
-def _augmentation(config: ml_collections.ConfigDict, image_size: tuple[int, ...]) -> augment.Augmentation:
-    values = config.augment.to_dict()
-    for name in ("flip_h", "flip_w", "brightness", "contrast"):
-        config_lib.require(0 <= values[name] <= 1, f"augment.{name}", values[name], "from 0 to 1")
-    config_lib.finite("augment.rotation_degrees", values["rotation_degrees"], least=0.0, most=180.0)
-    for name in ("crop_scale", "crop_ratio"):
-        good = len(values[name]) == 2 and 0 < values[name][0] <= values[name][1]
-        config_lib.require(good, f"augment.{name}", values[name], "two positive numbers, the smaller first")
-    config_lib.require(values["crop_scale"][1] <= 1, "augment.crop_scale", values["crop_scale"], "at most 1: the whole image")
-    if values["quarter_turns"] and image_size[-1] != image_size[-2]:
-        raise config_lib.InputError(f"augment.quarter_turns=True: images of {image_size} are not square; set it to False")
-    return augment.Augmentation(**values)
 
 
 def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     """The training's steps and chunks, from the config and the number of training examples."""
     train = experiment.config.train
     runs, shape = len(experiment.seeds), experiment.shape
-    arithmetic = 3 * cost.gmacs_forward(**shape) * train.batch_size * runs / GMACS_PER_SECOND
+    arithmetic = 3 * experiment.gmacs_forward * train.batch_size * runs / GMACS_PER_SECOND
     # An AdamW step reads and writes about eight arrays of the parameters' size.
     memory = 8 * 4 * cost.num_params(**shape) * runs / PARAMETER_BYTES_PER_SECOND
     image_bytes = math.prod(experiment.image_size) * experiment.description.num_channels
@@ -187,12 +136,11 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
 
 def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     """What the device programs are made of."""
-    config, description = experiment.config, experiment.description
+    config, description, network = experiment.config, experiment.description, experiment.network
     model = build.model(
-        experiment.variant,
+        network.architecture,
         patch_size=experiment.patch_size,
         num_classes=description.num_classes,
-        pooling=config.model.pooling,
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
     )
@@ -200,7 +148,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     return programs.Recipe(
         init=functools.partial(build.initialise, model, image_size=experiment.image_size, in_channels=config.model.in_channels),
         apply=model.apply,
-        prepare=functools.partial(inputs.prepare, in_channels=config.model.in_channels, mean=experiment.mean, std=experiment.std),
+        prepare=functools.partial(inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std),
         task=tasks.TASKS[description.task],
         optimizer=optim.adamw(
             learning_rate(experiment, steps_per_epoch=steps_per_epoch),
@@ -225,9 +173,9 @@ def learning_rate(experiment: Experiment, *, steps_per_epoch: int) -> Any:
 
 def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
     """What result.json says of a finished run."""
-    config, description, shape = experiment.config, experiment.description, experiment.shape
+    config, description, network = experiment.config, experiment.description, experiment.network
     examples = len(dataset.splits["train"].labels)
-    num_params = cost.num_params(**shape)
+    num_params = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
     return {
         "schema_version": folder.SCHEMA_VERSION,
         "dataset": description.name,
@@ -237,13 +185,13 @@ def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outco
         "patch_size": experiment.patch_size,
         "variant": config.model.variant,
         "pretrained": config.model.pretrained or None,
-        "normalisation": {"mean": experiment.mean, "std": experiment.std},
+        "normalisation": {"mean": network.mean, "std": network.std},
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
-        "num_tokens": cost.num_tokens(experiment.image_size, experiment.patch_size),
+        "num_tokens": cost.num_patches(experiment.image_size, experiment.patch_size) + network.architecture.num_prefix_tokens,
         "num_params": num_params,
         "num_trainable_params": num_params,
-        "gmacs_forward": cost.gmacs_forward(**shape),
+        "gmacs_forward": experiment.gmacs_forward,
         **{split: outcome.measured[split] for split in ("test", "val")},
         "best_epoch": outcome.best_epoch,
         "train_seconds": outcome.train_seconds,
@@ -260,19 +208,23 @@ def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outco
 def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
     """Train into a folder that has been checked, from the last checkpoint on, and return what result.json says.
 
-    Devices and data are looked at before anything is written. Raises config.Stopped after a signal, with the state saved.
+    Devices, data and weights are looked at before anything is written. Raises config.Stopped after a signal, with the state saved.
     """
     config, _ = experiment.config, experiment.mesh
     dataset = experiment.load()
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
+    start, report = _start(experiment, run_folder)
     run_folder.create(config.to_dict())
     machine.cache_programs()
     with guard.lock(run_folder.path), guard.Signals() as signals, machine.memory_errors():
         run_folder.check(config.to_dict())  # again, now that nobody else can write there
         if (finished := run_folder.read_result()) is not None:
             return finished
+        if not checkpoint.begun(run_folder.checkpoints):
+            run_folder.write_model(experiment.network.record(report))
         outcome = loop.train(
             recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
+            start=start,
             plan=schedule,
             dataset=dataset,
             run_folder=run_folder,
@@ -286,6 +238,51 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         for split, predictions in outcome.predictions.items():
             labels = dataset.splits[split].labels
             run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
+        write_weights(experiment, run_folder, outcome)
         record = result(experiment, dataset, outcome)
         run_folder.write_result(record)
     return record
+
+
+def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:
+    """The result of the run that a folder holds, None where it is not finished; InputError where the folder cannot hold this run."""
+    config_lib.conform(config.to_dict(), "the config")
+    run_folder.check(config.to_dict())
+    return run_folder.read_result()
+
+
+def recorded_network(run_folder: folder.RunFolder) -> networks.Network | None:
+    """The network of a run that has a checkpoint; None of one that has none and starts over, from its config."""
+    if not checkpoint.begun(run_folder.checkpoints):
+        return None
+    return networks.of_record(run_folder.read_model(), str(run_folder.model))
+
+
+def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, Any]:
+    """(parameters to start from, report), or Nones where the run starts from scratch or goes on from a checkpoint."""
+    if not experiment.config.model.pretrained or checkpoint.begun(run_folder.checkpoints):
+        return None, None
+    return networks.starting_params(
+        experiment.network,
+        experiment.config,
+        image_size=experiment.image_size,
+        patch_size=experiment.patch_size,
+        num_classes=experiment.description.num_classes,
+    )
+
+
+def write_weights(experiment: Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:
+    """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
+    for index, seed in enumerate(experiment.seeds):
+        if seed not in outcome.failed_seeds:
+            packed = exported.pack(
+                jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
+                architecture=experiment.network.architecture,
+                image_size=experiment.image_size,
+                patch_size=experiment.patch_size,
+                mean=experiment.network.mean,
+                std=experiment.network.std,
+                seed=seed,
+                val_loss=outcome.measured["val"]["loss"][index],
+            )
+            run_folder.write_weights(seed, packed)

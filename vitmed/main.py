@@ -44,13 +44,13 @@ def run(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
     from vitmed import experiment  # here, since JAX takes a second to import, and until signals are handled one would kill
 
     config = config_lib.load(spec, overrides)
-    planned = experiment.plan(config)
     run_folder = folder.RunFolder(workdir)
-    run_folder.check(config.to_dict())
-    result = run_folder.read_result() or experiment.run(planned, run_folder)
+    result = experiment.finished(config, run_folder)
+    if result is None:
+        result = experiment.run(experiment.plan(config, experiment.recorded_network(run_folder)), run_folder)
     tables.show(tables.of_results([result]))
     if result["failed_seeds"]:
-        print(f"vitmed: {planned.label}: failed seeds {', '.join(map(str, result['failed_seeds']))}", file=sys.stderr)
+        print(f"vitmed: {workdir}: failed seeds {', '.join(map(str, result['failed_seeds']))}", file=sys.stderr)
     return 1 if result["failed_seeds"] else 0
 
 
@@ -90,9 +90,9 @@ def check_points(path: str, todo: Sequence[points.Point], folders: Sequence[fold
     finished = []
     for point, run_folder in zip(todo, folders, strict=True):
         config = config_lib.load(f"{path}:{point.argument}", overrides)
-        experiment.plan(config)
-        run_folder.check(config.to_dict())
-        finished.append(run_folder.read_result() is not None)
+        finished.append(experiment.finished(config, run_folder) is not None)
+        if not finished[-1]:
+            experiment.plan(config, experiment.recorded_network(run_folder))
     return finished
 
 

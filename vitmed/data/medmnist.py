@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vitmed import config
+from vitmed import config, npz
 from vitmed.data import dataset, download
 
 TASKS = {
@@ -96,7 +96,7 @@ def load(name: str, *, size: int, root: str = "", verify: bool = True) -> datase
             if verify and found != md5:
                 raise ValueError(f"its MD5 is {found}, the official one {md5} (data.verify=False accepts it)")
             splits = _read(file, description, verify=verify)
-    except (OSError, *dataset.DAMAGE) as error:
+    except (OSError, *npz.DAMAGE) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that comes of a damaged archive, which points before its start
             raise config.InputError(f"{path}: cannot be read ({error}); mend that, or name another folder with data.root") from error
         cause, mend = " ".join(str(error).split()) or "it ends too early", f"delete it, and the next run downloads {url}"
@@ -115,7 +115,7 @@ def locate(filename: str, *, root: str = "") -> pathlib.Path:
 
 
 def _read(file: BinaryIO, description: dataset.Description, *, verify: bool) -> dict[str, dataset.Split]:
-    """The splits of an .npz file; one of dataset.DAMAGE where it is not a file of this set."""
+    """The splits of an .npz file; one of npz.DAMAGE where it is not a file of this set."""
     multi_label = description.task == "multi-label"
     pixels = description.image_size + ((3,) if description.num_channels == 3 else ())
     labels = (description.num_classes if multi_label else 1,)
@@ -128,8 +128,8 @@ def _read(file: BinaryIO, description: dataset.Description, *, verify: bool) -> 
         if total > MAX_GROWTH * official:
             raise ValueError(f"it holds {total} examples, more than {MAX_GROWTH} times the official {official}: too many to be this set")
         for split, count in counts.items():
-            images = dataset.read_array(archive, f"{split}_images").reshape(count, *description.image_size, description.num_channels)
-            values = dataset.read_array(archive, f"{split}_labels")
+            images = npz.read_array(archive, f"{split}_images").reshape(count, *description.image_size, description.num_channels)
+            values = npz.read_array(archive, f"{split}_labels")
             top = 1 if multi_label else description.num_classes - 1
             if values.min() < 0 or values.max() > top:
                 raise ValueError(f"{split}_labels holds values from {values.min()} to {values.max()}, allowed are 0 to {top}")
@@ -141,7 +141,7 @@ def _count(archive: zipfile.ZipFile, split: str, *, pixels: tuple[int, ...], lab
     """N of a split by its two headers; ValueError where they declare other shapes or dtypes than uint8 [N, *S(, 3)], int [N, L]."""
     counts = []
     for key, tail, kinds, wanted in ((f"{split}_images", pixels, ("u1",), "uint8"), (f"{split}_labels", labels, ("i", "u"), "integers")):
-        shape, dtype = dataset.read_header(archive, key)
+        shape, dtype = npz.read_header(archive, key)
         if not dtype.str[1:].startswith(kinds):
             raise ValueError(f"{key} holds {dtype}, not {wanted}")
         if shape[1:] != tail or not shape:

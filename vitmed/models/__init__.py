@@ -1,1 +1,6 @@
-"""linen modules and pure functions of parameters and images; see build.py for the way in."""
+"""linen modules and pure functions of parameters and images; `from_pretrained` and `build` are the ways in."""
+
+from vitmed.models.pretrained import from_pretrained
+from vitmed.models.weights import preprocessing
+
+__all__ = ["from_pretrained", "preprocessing"]

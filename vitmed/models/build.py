@@ -15,53 +15,83 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """The sizes that a variant's name stands for."""
+class Architecture:
+    """What a ViT is made of, whatever its patches: its sizes, its prefix tokens, the form of its blocks and of its pooling.
+
+    `mlp_width` is the width of an MLP's hidden layer (of each half with `swiglu`); `prefix_positions` says whether CLS and registers have
+    learned positions; `final_norm` normalises tokens before the pooling, `fc_norm` what comes out of it. `pooling` is `cls`, `mean` (over
+    patches), `map` (one query attends to the patches) or `distilled` (CLS and DeiT's distillation token, the only register, each with a
+    classifier).
+    """
 
     width: int
     depth: int
     num_heads: int
+    mlp_width: int
+    class_token: bool = True
+    num_registers: int = 0
+    prefix_positions: bool = True
+    swiglu: bool = False
+    layer_scale: bool = False
+    pooling: str = "cls"
+    final_norm: bool = True
+    fc_norm: bool = False
 
     @property
-    def mlp_width(self) -> int:
-        """Width of the hidden layer of every MLP: four times the model's, in all variants."""
-        return 4 * self.width
+    def num_prefix_tokens(self) -> int:
+        """CLS and registers."""
+        return self.class_token + self.num_registers
+
+
+def plain(width: int, depth: int, num_heads: int) -> Architecture:
+    """The first ViT's form: CLS token, MLPs of four times the width."""
+    return Architecture(width, depth, num_heads, mlp_width=4 * width)
 
 
 VARIANTS = {
-    "vit_micro": Variant(width=48, depth=2, num_heads=3),  # for tests
-    "vit_mini": Variant(width=64, depth=4, num_heads=4),  # for the quickstart
-    "vit_ti": Variant(width=192, depth=12, num_heads=3),
-    "vit_s": Variant(width=384, depth=12, num_heads=6),
-    "vit_b": Variant(width=768, depth=12, num_heads=12),
-    "vit_l": Variant(width=1024, depth=24, num_heads=16),
+    "vit_micro": plain(48, 2, 3),  # for tests
+    "vit_mini": plain(64, 4, 4),  # for the quickstart
+    "vit_ti": plain(192, 12, 3),
+    "vit_s": plain(384, 12, 6),
+    "vit_b": plain(768, 12, 12),
+    "vit_l": plain(1024, 24, 16),
+    "vit_g": Architecture(1536, 40, 24, mlp_width=4096, swiglu=True, layer_scale=True),  # DINOv2's giant
 }
 
 
-def variant(name: str) -> Variant:
-    """The sizes of a variant; InputError for a name that is none."""
+def variant(name: str) -> Architecture:
+    """The architecture that a variant's name stands for; InputError for a name that is none."""
     if name not in VARIANTS:
         raise config.InputError(f"model.variant={name}: unknown; choose one of {', '.join(VARIANTS)}")
     return VARIANTS[name]
 
 
+def pooled(architecture: Architecture, pooling: str) -> Architecture:
+    """The architecture with another pooling; `auto` leaves its own. InputError where it lacks what the pooling needs."""
+    if pooling in ("auto", architecture.pooling):
+        return architecture
+    config.one_of("model.pooling", pooling, ("auto", *vit.POOLINGS))
+    if pooling in ("map", "distilled"):
+        raise config.InputError(f"model.pooling={pooling}: only weights that have it can be pooled so; these allow auto, cls or mean")
+    if pooling == "cls" and not architecture.class_token:
+        raise config.InputError("model.pooling=cls: the weights have no CLS token; take auto or mean")
+    return dataclasses.replace(architecture, pooling=pooling)
+
+
 def model(
-    sizes: Variant,
+    architecture: Architecture,
     *,
     patch_size: tuple[int, ...],
     num_classes: int | None,
-    pooling: str = "cls",
     drop_path: float = 0.0,
     dtype: str = "float32",
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attentions.plain,
 ) -> vit.ViT:
     """The linen module; the patch size has one entry per axis of the image."""
     return vit.ViT(
+        **dataclasses.asdict(architecture),
         patch_size=patch_size,
-        **dataclasses.asdict(sizes),
-        mlp_width=sizes.mlp_width,
         num_classes=num_classes,
-        pooling=pooling,
         drop_path=drop_path,
         dtype=DTYPES[dtype],
         attention=attention,

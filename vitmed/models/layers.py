@@ -1,4 +1,4 @@
-"""The transformer encoder's parts: block, MLP, stochastic depth. They know tokens, not images.
+"""The transformer encoder's parts: block, MLP, layer scale, stochastic depth, attention pooling. They know tokens, not images.
 
 Shapes: `B` batch, `N` tokens, `D` width, `H` heads, `d` width of a head. Parameters are float32; arithmetic is in `dtype`,
 LayerNorm statistics always in float32.
@@ -42,17 +42,33 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU, token by token."""
+    """Two linear layers, token by token, around the exact (erf) GELU or, with `swiglu`, silu(a) * b of two halves (arXiv 2002.05202)."""
 
     hidden: int
+    swiglu: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=linear_init, name="fc1")(tokens)
-        x = nn.gelu(x, approximate=False)
+        x = nn.Dense(self.hidden * (1 + self.swiglu), dtype=self.dtype, kernel_init=linear_init, name="fc1")(tokens)
+        if self.swiglu:
+            gate, value = jnp.split(x, 2, axis=-1)
+            x = nn.silu(gate) * value
+        else:
+            x = nn.gelu(x, approximate=False)
         return nn.Dense(tokens.shape[-1], dtype=self.dtype, kernel_init=linear_init, name="fc2")(x)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (arXiv 2103.17239), from 1e-5 on as in DINOv2."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, branch: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        return branch * self.param("gamma", nn.initializers.constant(1e-5), (branch.shape[-1],)).astype(self.dtype)
 
 
 class DropPath(nn.Module):
@@ -77,12 +93,42 @@ class Block(nn.Module):
     mlp_width: int
     drop_path: float
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    swiglu: bool = False
+    layer_scale: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        mixed = Attention(self.num_heads, self.attention, self.dtype, name="attn")(layer_norm("norm1", self.dtype)(tokens))
-        tokens = tokens + DropPath(self.drop_path, name="drop1")(mixed, train=train)
-        changed = MLP(self.mlp_width, self.dtype, name="mlp")(layer_norm("norm2", self.dtype)(tokens))
-        return tokens + DropPath(self.drop_path, name="drop2")(changed, train=train)
+        branches = (
+            Attention(self.num_heads, self.attention, self.dtype, name="attn"),
+            MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp"),
+        )
+        for number, branch in enumerate(branches, start=1):
+            changed = branch(layer_norm(f"norm{number}", self.dtype)(tokens))
+            if self.layer_scale:
+                changed = LayerScale(self.dtype, name=f"ls{number}")(changed)
+            tokens = tokens + DropPath(self.drop_path, name=f"drop{number}")(changed, train=train)
+        return tokens
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens, an MLP follows ("map" pooling, arXiv 2106.04560; timm's AttentionPoolLatent)."""
+
+    num_heads: int
+    mlp_width: int
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, D]."""
+        B, N, D = tokens.shape
+        heads = (self.num_heads, D // self.num_heads)
+        latent = self.param("latent", nn.initializers.normal(D**-0.5), (1, D)).astype(self.dtype)
+        q = nn.Dense(D, dtype=self.dtype, kernel_init=linear_init, name="q")(latent).reshape(1, 1, *heads)
+        kv = nn.Dense(2 * D, dtype=self.dtype, kernel_init=linear_init, name="kv")(tokens)
+        k, v = jnp.moveaxis(kv.reshape(B, N, 2, *heads), 2, 0)
+        mixed = self.attention(jnp.broadcast_to(q, (B, 1, *heads)), k, v).reshape(B, D)
+        x = nn.Dense(D, dtype=self.dtype, kernel_init=linear_init, name="proj")(mixed)
+        return x + MLP(self.mlp_width, dtype=self.dtype, name="mlp")(layer_norm("norm", self.dtype)(x))

@@ -2,7 +2,7 @@
 
 Shapes: `B` batch, `*S` spatial (H, W or D, H, W), `*G` the grid of patches, `P` pixels of a patch, `C` channels, `N` tokens, `D` width.
 The patch kernel is kept flat, [P * C, D] with the patch's axes in the order of the image's, and positions as [1 + N, D] with CLS first:
-a 2D model and a 3D model of depth 1 therefore have the very same parameters.
+a 2D model and a 3D model of depth 1 therefore have the very same parameters. Prefix tokens (CLS, then registers) precede the patches'.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from vitmed.models import attention as attentions
 from vitmed.models import layers
 
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "map", "distilled")
 
 
 def patchify(images: jax.Array, patch_size: tuple[int, ...]) -> jax.Array:
@@ -57,8 +57,9 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A ViT classifier of any rank: `model.apply({"params": params}, images)` -> logits [B, num_classes] in float32.
 
-    Images are [B, *S, C] float32, already normalised. `num_classes=None` returns the pooled features [B, D] instead. `pooling` is `cls`
-    or `mean` (over patch tokens). `drop_path` rises linearly over depth to this rate. Fresh parameters are drawn as timm draws them.
+    Images are [B, *S, C] float32, already normalised. `num_classes=None` returns the pooled features [B, D] instead. `drop_path` rises
+    linearly over depth to this rate. The other fields are those of `build.Architecture`, which says what they mean. Fresh parameters are
+    drawn as timm draws them.
     """
 
     patch_size: tuple[int, ...]
@@ -67,28 +68,80 @@ class ViT(nn.Module):
     num_heads: int
     mlp_width: int
     num_classes: int | None
+    class_token: bool = True
+    num_registers: int = 0
+    prefix_positions: bool = True
+    swiglu: bool = False
+    layer_scale: bool = False
     pooling: str = "cls"
+    final_norm: bool = True
+    fc_norm: bool = False
     drop_path: float = 0.0
     dtype: Any = jnp.float32
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attentions.plain
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """CLS and registers."""
+        return self.class_token + self.num_registers
+
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0."""
-        tokens = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
-        B, N, D = tokens.shape
-        if self.has_variable("params", "pos_embed") and (known := self.get_variable("params", "pos_embed").shape[0] - 1) != N:
-            raise ValueError(f"images {images.shape[1:-1]} make {N} patches, pos_embed has positions for {known}; give images of its size")
-        cls_token = self.param("cls_token", nn.initializers.normal(1e-6), (1, D))
-        positions = self.param("pos_embed", nn.initializers.normal(0.02), (1 + N, D))
-        tokens = jnp.concatenate([jnp.broadcast_to(cls_token.astype(self.dtype), (B, 1, D)), tokens], axis=1)
-        tokens = tokens + positions.astype(self.dtype)
+        tokens = self._embed(images)
         for index in range(self.depth):
             rate = self.drop_path * index / max(self.depth - 1, 1)
-            block = layers.Block(self.num_heads, self.mlp_width, rate, self.attention, self.dtype, name=f"block_{index:02d}")
+            block = layers.Block(
+                self.num_heads,
+                self.mlp_width,
+                rate,
+                self.attention,
+                swiglu=self.swiglu,
+                layer_scale=self.layer_scale,
+                dtype=self.dtype,
+                name=f"block_{index:02d}",
+            )
             tokens = block(tokens, train=train)
-        tokens = layers.layer_norm("norm", self.dtype)(tokens)
-        pooled = tokens[:, 0].astype(jnp.float32) if self.pooling == "cls" else tokens[:, 1:].mean(axis=1, dtype=jnp.float32)
+        if self.final_norm:
+            tokens = layers.layer_norm("norm", self.dtype)(tokens)
+        return self._classify(tokens)
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """[B, *S, C] -> [B, prefix + N, D], positions added."""
+        tokens = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+        B, N, D = tokens.shape
+        placed = N + self.num_prefix_tokens * self.prefix_positions  # tokens that have a position
+        if self.has_variable("params", "pos_embed") and (known := self.get_variable("params", "pos_embed").shape[0]) != placed:
+            other = known - (placed - N)
+            raise ValueError(f"images {images.shape[1:-1]} make {N} patches, pos_embed has positions for {other}; give images of its size")
+        prefix = []
+        if self.class_token:
+            prefix.append(self.param("cls_token", nn.initializers.normal(1e-6), (1, D)))
+        if self.num_registers:
+            prefix.append(self.param("registers", nn.initializers.normal(1e-6), (self.num_registers, D)))
+        positions = self.param("pos_embed", nn.initializers.normal(0.02), (placed, D)).astype(self.dtype)
+        prefix = [jnp.broadcast_to(part.astype(self.dtype), (B, *part.shape)) for part in prefix]
+        if self.prefix_positions:
+            return jnp.concatenate([*prefix, tokens], axis=1) + positions
+        return jnp.concatenate([*prefix, tokens + positions], axis=1)
+
+    def _classify(self, tokens: jax.Array) -> jax.Array:
+        """[B, prefix + N, D] -> logits [B, num_classes], or features [B, D]."""
+        patches = tokens[:, self.num_prefix_tokens :]
+        if self.pooling == "map":
+            pool = layers.AttentionPool(self.num_heads, self.mlp_width, self.attention, self.dtype, name="attn_pool")
+            pooled = pool(patches).astype(jnp.float32)
+        elif self.pooling == "mean":
+            pooled = patches.mean(axis=1, dtype=jnp.float32)
+        else:
+            pooled = tokens[:, 0].astype(jnp.float32)
+        if self.fc_norm:
+            pooled = layers.layer_norm("fc_norm", jnp.float32)(pooled)
+        distilled = tokens[:, 1].astype(jnp.float32) if self.pooling == "distilled" else None
         if self.num_classes is None:
-            return pooled
-        return nn.Dense(self.num_classes, kernel_init=layers.linear_init, name="head")(pooled)
+            return pooled if distilled is None else (pooled + distilled) / 2
+        logits = nn.Dense(self.num_classes, kernel_init=layers.linear_init, name="head")(pooled)
+        if distilled is None:
+            return logits
+        # DeiT's two classifiers, of the CLS and of the distillation token, count alike (arXiv 2012.12877).
+        return (logits + nn.Dense(self.num_classes, kernel_init=layers.linear_init, name="head_dist")(distilled)) / 2

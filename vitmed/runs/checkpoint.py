@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vitmed import config
-from vitmed.runs import folder
+from vitmed.runs import files
 
 SEAL = "sha256.json"
 KEPT = 2  # the newest, and the one before it in case the newest breaks
@@ -125,9 +125,14 @@ class Checkpoints:
 _UNSEALED = "not sealed (the run ended while it was written)"
 
 
+def begun(path: pathlib.Path) -> bool:
+    """Whether a checkpoint was ever finished there, broken or not."""
+    return next(pathlib.Path(path).glob(f"[0-9]*/{SEAL}"), None) is not None
+
+
 def seal(step: pathlib.Path) -> None:
     """Write the digests of all files of a committed step beside them."""
-    folder.write_whole(step / SEAL, json.dumps(_digests(step), indent=1).encode())
+    files.write_whole(step / SEAL, json.dumps(_digests(step), indent=1).encode())
 
 
 def defect(step: pathlib.Path) -> str | None:

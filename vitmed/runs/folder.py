@@ -1,23 +1,19 @@
 """What a run leaves on disk: one schema, every file written whole or not at all, and read back with its faults named.
 
 A folder belongs to one configuration: a run with another one is refused before anything is written. Files:
-config.json, metrics.jsonl (a line per epoch), checkpoints/, predictions/{split}.npz, result.json.
+config.json, model.json (the network, and what became of pretrained weights), metrics.jsonl (a line per epoch), checkpoints/,
+predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
-import errno
 import functools
 import hashlib
 import importlib.resources
 import io
 import json
-import math
 import os
 import pathlib
-import secrets
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,12 +21,12 @@ import jsonschema
 import numpy as np
 
 from vitmed import config as config_lib
+from vitmed import npz
+from vitmed.runs import files
 
 SCHEMA_VERSION = 1
 MAY_CHANGE = ("data.root", "mesh", "tracking", "train.checkpoint_seconds")  # where and how, not what: a name stands for all below it
 SHOWN_DIFFERENCES = 5
-# What zipfile, zlib and numpy raise on a damaged archive (RuntimeError: a flipped bit says encrypted, or an unknown compression).
-DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 class Predictions(NamedTuple):
@@ -39,37 +35,6 @@ class Predictions(NamedTuple):
     labels: np.ndarray
     probabilities: np.ndarray
     seeds: np.ndarray
-
-
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Put data at path so that a reader, a crash or a power cut meets the old file or the new one; MachineError if it cannot."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise config_lib.MachineError(f"{path} could not be written: {error.strerror or error}") from error
-
-
-def _sync_folder(path: pathlib.Path) -> None:
-    """Make a rename in the folder survive a power cut, where the file system can promise that."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -89,51 +54,6 @@ def _json_text(value: Any) -> str:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise config_lib.InputError("a setting is NaN or infinite; give a finite number") from error
-
-
-def _json_ready(value: Any) -> Any:
-    """Turn numpy values into Python's, tuples into lists and numbers that JSON does not have into null."""
-    if isinstance(value, Mapping):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _json_ready(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(path: pathlib.Path) -> bytes:
-    """Return the bytes of a file; FileNotFoundError if it is absent, InputError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise config_lib.InputError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parse(data: bytes, *, where: str) -> dict[str, Any]:
-    """Return the JSON object in data; InputError that says where and what is wrong."""
-    try:
-        value = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise config_lib.InputError(f"{where} is broken: {error}; restore it from a copy or run into another folder") from error
-    if not isinstance(value, dict):
-        raise config_lib.InputError(f"{where} is broken: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _make_folder(path: pathlib.Path) -> None:
-    """Make a folder and its parents; InputError if the path is at fault, MachineError if the disk is."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        kind = config_lib.MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else config_lib.InputError
-        raise kind(f"the folder {path} cannot be made: {error.strerror or error}") from error
 
 
 @functools.cache
@@ -166,6 +86,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
+        self.model = self.path / "model.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result.json"
@@ -206,30 +127,47 @@ class RunFolder:
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder and put config.json there if it is not; InputError if it cannot be made, MachineError if the disk is full."""
-        text = json.dumps(json.loads(_json_text(config)), indent=2)  # sorted; checked before anything is made
-        _make_folder(self.path)
+        data = files.json_bytes(json.loads(_json_text(config)))  # sorted; checked before anything is made
+        files.make_folder(self.path)
         if not self.config.exists():
-            write_whole(self.config, text.encode() + b"\n")
+            files.write_whole(self.config, data)
 
     def read_config(self) -> dict[str, Any]:
         """Return the config that the run was started with (lists for tuples); InputError if absent or broken."""
         try:
-            return _parse(_read(self.config), where=str(self.config))
+            return files.parse_json(files.read(self.config), where=str(self.config))
         except FileNotFoundError as error:
             raise config_lib.InputError(f"{self.path} holds no run: there is no config.json in it") from error
 
+    def write_model(self, record: Mapping[str, Any]) -> None:
+        """Write what the network is."""
+        files.write_whole(self.model, files.json_bytes(files.json_ready(record)))
+
+    def read_model(self) -> dict[str, Any]:
+        """Return what the network is; InputError if absent or broken."""
+        try:
+            return files.parse_json(files.read(self.model), where=str(self.model))
+        except FileNotFoundError as error:
+            raise config_lib.InputError(f"{self.model} is missing; restore it from a copy or run into another folder") from error
+
+    def write_weights(self, seed: int, data: bytes) -> None:
+        """Write the file of one seed's parameters."""
+        path = self.path / "weights" / f"seed{seed}.safetensors"
+        files.make_folder(path.parent)
+        files.write_whole(path, data)
+
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a line per epoch, the whole file anew, so that a line is never half there; NaN and infinity become null."""
-        lines = [json.dumps(_json_ready(row), allow_nan=False) + "\n" for row in rows]
-        write_whole(self.metrics, "".join(lines).encode())
+        lines = [json.dumps(files.json_ready(row), allow_nan=False) + "\n" for row in rows]
+        files.write_whole(self.metrics, "".join(lines).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows written, none if there is no file; InputError that names the line if one is broken."""
         try:
-            lines = _read(self.metrics).splitlines()
+            lines = files.read(self.metrics).splitlines()
         except FileNotFoundError:
             return []
-        return [_parse(line, where=f"{self.metrics} line {number}") for number, line in enumerate(lines, start=1)]
+        return [files.parse_json(line, where=f"{self.metrics} line {number}") for number, line in enumerate(lines, start=1)]
 
     def write_predictions(self, split: str, *, labels: np.ndarray, probabilities: np.ndarray, seeds: Sequence[int]) -> None:
         """Write labels int [N, L], probabilities [R, N, K] (as float32) and seeds [R]; the same arrays give the same bytes."""
@@ -240,14 +178,14 @@ class RunFolder:
         dtypes = {"labels": np.int64, "probabilities": np.float32, "seeds": np.int64}
         np.savez(buffer, **{name: np.ascontiguousarray(getattr(predictions, name), dtype) for name, dtype in dtypes.items()})
         path = self.predictions(split)
-        _make_folder(path.parent)
-        write_whole(path, buffer.getvalue())
+        files.make_folder(path.parent)
+        files.write_whole(path, buffer.getvalue())
 
     def read_predictions(self, split: str) -> Predictions:
         """Return the predictions of a split; InputError if they are absent, damaged (checksums are verified) or do not fit."""
         path = self.predictions(split)
         try:
-            data = _read(path)
+            data = files.read(path)
         except FileNotFoundError as error:
             there = ", ".join(sorted(file.stem for file in path.parent.glob("[!.]*.npz"))) or "none"
             raise config_lib.InputError(f"{self.path} holds no predictions of split {split!r}; there are: {there}") from error
@@ -257,7 +195,7 @@ class RunFolder:
                     raise ValueError(f"the checksum of {damaged} does not match")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 predictions = Predictions(*(arrays[name] for name in Predictions._fields))
-        except DAMAGE as error:
+        except (*npz.DAMAGE, OSError, KeyError) as error:
             raise config_lib.InputError(f"{path} is broken: {str(error) or type(error).__name__}; restore it from a copy") from error
         if fault := _predictions_fault(predictions):
             raise config_lib.InputError(f"{path} does not hold predictions: {fault}")
@@ -265,15 +203,15 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json after holding it against the schema (NaN becomes null); ValueError if it does not match."""
-        ready = _json_ready(result)
+        ready = files.json_ready(result)
         if fault := _result_fault(ready):
             raise ValueError(f"the result does not match runs/result.schema.json: {fault}")
-        write_whole(self.result, json.dumps(ready, indent=2, allow_nan=False).encode() + b"\n")
+        files.write_whole(self.result, files.json_bytes(ready))
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result, None if there is none; InputError if it is broken, does not match or is of a newer schema."""
         try:
-            result = _parse(_read(self.result), where=str(self.result))
+            result = files.parse_json(files.read(self.result), where=str(self.result))
         except FileNotFoundError:
             return None
         version = result.get("schema_version")

@@ -53,10 +53,11 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished training leaves: best epochs [R], failures, predictions and measurements of val and test, times."""
+    """What a finished training leaves: best epochs [R] and parameters, failures, predictions and measurements of val and test, times."""
 
     best_epoch: list[int]
     failed_seeds: list[int]
+    best_params: Any
     predictions: dict[str, evaluation.Predictions]
     measured: dict[str, dict[str, list[float | None]]]
     train_seconds: float
@@ -67,6 +68,7 @@ class Outcome:
 def train(
     recipe: programs.Recipe,
     *,
+    start: Any,
     plan: pipeline.Plan,
     dataset: sources.Dataset,
     run_folder: folder.RunFolder,
@@ -79,13 +81,15 @@ def train(
 ) -> Outcome:
     """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
 
+    `start` are the parameters that every run starts from, None for fresh ones; a run that goes on from a checkpoint does not look at it.
     `placement` says where the training split lives: on the `device`, on the `host`, or `auto`; `learning_rate(step)` is for the record.
     """
     images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
     resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
     keep_best = programs.keep_best(recipe)
     with checkpoint.Checkpoints(run_folder.checkpoints) as checkpoints:
-        training = restore_or_create(recipe, checkpoints, data_md5=dataset.md5)
+        training = restore_or_create(recipe, checkpoints, start=start, data_md5=dataset.md5)
+        del start  # a copy of the parameters that nothing needs any more
         progress = training.progress
         run_folder.write_metrics(progress.rows)  # what an interrupted epoch wrote beyond the checkpoint is written again
         predict, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
@@ -129,13 +133,13 @@ def place(
     return jax.device_put(arrays, sharding.replicated(mesh)), None
 
 
-def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, *, data_md5: str | None) -> Training:
+def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, *, start: Any, data_md5: str | None) -> Training:
     """The newest intact checkpoint, or the beginning; InputError where the run began with other data."""
     latest = checkpoints.latest()
     if latest is None:
         nothing = [[] for _ in recipe.seeds]
         begun = Progress(0, losses=nothing, failed=[False] * len(nothing), rows=[], train_seconds=0, compile_seconds=0, data_md5=data_md5)
-        return Training(*programs.create(recipe), begun)
+        return Training(*programs.create(recipe, start), begun)
     state, best = recipe.abstract()
     items = checkpoints.restore(latest, state=state, best=best, progress=None)
     progress = Progress(**items["progress"])
@@ -233,6 +237,7 @@ def conclude(
         # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
         best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
         failed_seeds=[seed for seed, bad in zip(recipe.seeds, progress.failed, strict=True) if bad],
+        best_params=training.best.params,
         predictions=predictions,
         measured=measured,
         train_seconds=progress.train_seconds,

@@ -36,13 +36,13 @@ class Recipe:
     mesh: jax.sharding.Mesh
     mapped: bool
 
-    def create(self, seeds: jax.Array) -> tuple[step.TrainState, step.Best]:
-        """The state [R, ...] of seeds [R] before the first step, as a function to trace."""
+    def create(self, seeds: jax.Array, start: Any = None) -> tuple[step.TrainState, step.Best]:
+        """The state [R, ...] of seeds [R] before the first step, as a function to trace; `start`: parameters, the same for all runs."""
 
-        def one(seed: jax.Array) -> tuple[step.TrainState, step.Best]:
-            return step.create(self.init(jax.random.key(seed)), self.optimizer)
+        def one(seed: jax.Array, start: Any) -> tuple[step.TrainState, step.Best]:
+            return step.create(self.init(jax.random.key(seed)) if start is None else start, self.optimizer)
 
-        return step.over_runs(one, mapped=self.mapped)(seeds)
+        return step.over_runs(one, mapped=self.mapped, shared=(1,))(seeds, start)
 
     def seed_array(self) -> np.ndarray:
         """The seeds [R] as programs take them: an argument, so that other seeds are no other program."""
@@ -55,10 +55,10 @@ class Recipe:
         return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings)
 
 
-def create(recipe: Recipe) -> tuple[step.TrainState, step.Best]:
-    """The state before the first step, made where it will live."""
+def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Best]:
+    """The state before the first step, made where it will live: from `start`, or from fresh parameters by seed where it is None."""
     places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract())
-    return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array())
+    return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array(), start)
 
 
 def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict[str, Any]) -> tuple[Callable[..., Any], float]:

@@ -1,0 +1,99 @@
+"""The weights that a finished run gives out: a .safetensors file for each seed, under timm's names.
+
+`pack` makes the bytes of one, `of_run` finds the best one of a run's folder, `facts` reads what only a run of ours says of itself.
+A 3D kernel has one axis more than timm's, [D, C, d, h, w]; otherwise a 2D file is one that timm itself can load.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from vitmed import config
+from vitmed.models import build, tensors
+
+FOLDER, KEY = "weights", "vitmed"
+# What a run says in its metadata, each like this.
+FACTS = {"image_size": [1], "num_heads": 1, "pooling": "", "mean": [0.5], "std": [0.5], "seed": 1, "val_loss": 0.5}
+
+
+def timm_name(path: tuple[str, ...], *, distilled: bool) -> str:
+    """timm's name of a parameter of ours; a distillation token is a register here."""
+    first, *rest = path
+    if first.startswith("block_"):
+        rest = [str(int(first.removeprefix("block_"))), *rest]
+        first = "blocks"
+    elif first == "patch_embed":
+        rest = ["proj", *rest]
+    elif first == "registers":
+        first = "dist_token" if distilled else "reg_token"
+    name = ".".join([first, *rest])
+    return name.removesuffix("kernel").removesuffix("scale") + ("weight" if path[-1] in ("kernel", "scale") else "")
+
+
+def pack(
+    params: Any,
+    *,
+    architecture: build.Architecture,
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    seed: int,
+    val_loss: float,
+) -> bytes:
+    """The .safetensors file of one seed's parameters, with what its tensors do not tell in the metadata."""
+    arrays = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        values = np.asarray(leaf)
+        if path == ("patch_embed", "kernel"):
+            channels = values.shape[0] // math.prod(patch_size)
+            values = values.reshape(*patch_size, channels, -1)
+            values = values.transpose(values.ndim - 1, values.ndim - 2, *range(values.ndim - 2))
+        elif path[-1] == "kernel":
+            values = values.T
+        elif values.ndim == 2:
+            values = values[None]  # tokens and positions
+        arrays[timm_name(path, distilled=architecture.pooling == "distilled")] = np.ascontiguousarray(values)
+    facts = {"image_size": image_size, "num_heads": architecture.num_heads, "pooling": architecture.pooling}
+    facts |= {"mean": [float(x) for x in mean], "std": [float(x) for x in std], "seed": int(seed), "val_loss": float(val_loss)}
+    return safetensors.numpy.save(arrays, {KEY: json.dumps(facts), "format": "pt"})
+
+
+def facts(metadata: dict[str, str], path: pathlib.Path) -> dict[str, Any] | None:
+    """What a run of ours says of its weights; None for files of others, InputError where it is broken."""
+    if KEY not in metadata:
+        return None
+    try:
+        said = json.loads(metadata[KEY])
+        good = all(_alike(said[name], like) for name, like in FACTS.items())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise config.InputError(f"{path}: its metadata are broken; take the file anew from the run's folder")
+    return said
+
+
+def _alike(value: Any, like: Any) -> bool:
+    if isinstance(like, list):
+        return isinstance(value, list) and bool(value) and all(_alike(entry, like[0]) for entry in value)
+    return type(value) is type(like)
+
+
+def of_run(path: pathlib.Path) -> pathlib.Path:
+    """For a run's folder the weights of its seed of the lowest validation loss, else the path itself; InputError where there are none."""
+    if not path.is_dir():
+        return path
+    losses = {}
+    for file in sorted((path / FOLDER).glob("*.safetensors")):
+        with tensors.opened(file) as opened:
+            own = facts(opened.metadata, file)
+        if own is not None:
+            losses[file] = own["val_loss"]
+    if not losses:
+        raise config.InputError(f"{path}: no folder of a finished run (it holds no {FOLDER}/*.safetensors); finish it with vitmed.main")
+    return min(losses, key=lambda file: losses[file])

@@ -1,0 +1,182 @@
+"""Pretrained weights at any patch size, in 2D and 3D: from a file's tensors to a model and its parameters.
+
+`load` reads the tensors that `weights.describe` has found, resizes what depends on the patch, and says what became of each;
+`from_pretrained` is both. Shapes: `*P` pixels of a patch, `*G` grid of patches, `C` channels, `D` width.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from vitmed import config, cost
+from vitmed.models import build, exported, names, resample, tensors, vit
+from vitmed.models import weights as weights_lib
+
+# A tensor of these parts that the model has no place for changes what the network computes; others (a decoder, a mask token) do not.
+TRUNK = ("patch_embed", "blocks", "norm_pre")
+HEADS = ("head", "head_dist")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a file's tensors, by timm's names; `resized` and `inflated` are among the `loaded`."""
+
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]
+    inflated: tuple[str, ...]
+    fresh: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} tensors loaded"]
+        for what in ("resized", "inflated", "fresh", "ignored"):
+            if listed := getattr(self, what):
+                parts.append(f"{what}: {', '.join(listed)}")
+        return "; ".join(parts)
+
+
+def from_pretrained(
+    path_or_name: str,
+    *,
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    num_heads: int | None = None,
+    pooling: str = "auto",
+    inflation: str = "average",
+    depth_positions: str = "copy",
+) -> tuple[vit.ViT, Any]:
+    """A model and its float32 parameters from a file, a run's folder or a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k.
+
+    The length of `image_size` and `patch_size` is the rank. `num_classes=None` keeps the file's classifier, or gives features [B, D]
+    where it has none; a number gives a fresh one of zeros. Call `model.apply({"params": params}, images)` with images [B, *S, C] float32
+    that are normalised by `preprocessing(path_or_name)`. `in_channels=1` on RGB weights equals a gray image given to all three.
+    `num_heads` is needed where the file does not tell and width / 64 is wrong. `inflation` and `depth_positions` say how 2D weights come
+    to depth: see `resample`. What was loaded, resized, fresh and ignored is said on stderr. InputError for whatever does not fit.
+    """
+    weights = weights_lib.describe(path_or_name, num_heads=num_heads)
+    weights = dataclasses.replace(weights, architecture=build.pooled(weights.architecture, pooling))
+    params, report = load(
+        weights,
+        image_size=tuple(image_size),
+        patch_size=tuple(patch_size),
+        num_classes=num_classes,
+        in_channels=in_channels,
+        inflation=inflation,
+        depth_positions=depth_positions,
+    )
+    print(f"vitmed: {weights.path.name}: {report}", file=sys.stderr)
+    classes = weights.num_classes if num_classes is None else num_classes
+    return build.model(weights.architecture, patch_size=tuple(patch_size), num_classes=classes), params
+
+
+def load(
+    weights: weights_lib.Weights,
+    *,
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    num_classes: int | None,
+    in_channels: int,
+    inflation: str = "average",
+    depth_positions: str = "copy",
+) -> tuple[Any, Report]:
+    """Read the parameters for a model of any patch size and rank (2 or 3), and say what became of each tensor.
+
+    Tensors are read, checked and converted one by one, so that little more than the parameters is held. InputError where anything but
+    the classifier is missing, has another shape, or is not finite.
+    """
+    grid = cost.grid(image_size, patch_size)
+    if len(image_size) not in (2, 3):
+        raise config.InputError(f"image_size {image_size} has {len(image_size)} axes; weights are for 2 or 3")
+    keep = num_classes is None
+    classes = weights.num_classes if keep else num_classes
+    model = build.model(weights.architecture, patch_size=patch_size, num_classes=classes)
+    init = jax.eval_shape(lambda: build.initialise(model, jax.random.key(0), image_size=image_size, in_channels=in_channels))
+    params, used, fresh = {}, [], []
+    with tensors.opened(weights.path) as file:
+        found = names.to_timm(file.tensors)
+        for path, leaf in traverse_util.flatten_dict(init).items():
+            name = exported.timm_name(path, distilled="dist_token" in found)
+            if not keep and path[0] in HEADS:
+                params[path] = jnp.zeros(leaf.shape, jnp.float32)
+                fresh.append(name)
+                continue
+            values = _read(weights.path, found, name)
+            if name == weights_lib.KERNEL:
+                old = values.transpose(*range(2, values.ndim), 1, 0)
+                values = resample.kernel(old, patch_size=patch_size, in_channels=in_channels, inflation=inflation)
+            elif name == weights_lib.POSITIONS:
+                values = _positions(weights, values[0], grid=grid, depth_positions=depth_positions)
+            else:
+                values = _turned(weights, values, name, leaf.shape)
+                if name == "cls_token" and 0 < weights.num_positions < weights.architecture.num_prefix_tokens:
+                    # DINOv2 with registers gives CLS a position and the registers none: it becomes a part of the token.
+                    values = values + _read(weights.path, found, weights_lib.POSITIONS)[0, :1]
+            if values.shape != leaf.shape:
+                raise config.InputError(f"{weights.path}: {name} has shape {list(values.shape)}; expected {list(leaf.shape)}")
+            params[path] = jnp.asarray(values)
+            used.append(name)
+    ignored = _ignored(weights.path, found, used)
+    resized, inflated = _changes(weights, patch_size=patch_size, grid=grid, inflation=inflation, depth_positions=depth_positions)
+    report = Report(tuple(used), resized, inflated, tuple(fresh), ignored)
+    return traverse_util.unflatten_dict(params), report
+
+
+def _read(path: pathlib.Path, found: names.Tensors, name: str) -> np.ndarray:
+    if name not in found:
+        raise config.InputError(f"{path}: lacks {name}; only the classifier may be missing")
+    values = found[name].read()
+    if not np.isfinite(values).all():
+        raise config.InputError(f"{path}: {name} holds NaN or infinite values; take an undamaged file")
+    return values
+
+
+def _turned(weights: weights_lib.Weights, values: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in linen's layout: linear layers [in, out], tokens without the batch axis."""
+    if name in ("cls_token", "reg_token", "dist_token", "attn_pool.latent") and values.ndim == len(shape) + 1 and len(values) == 1:
+        return values[0]
+    if values.ndim != len(shape):
+        raise config.InputError(f"{weights.path}: {name} has shape {list(values.shape)}; expected {len(shape)} axes")
+    return values.T if values.ndim == 2 and name.endswith(".weight") else values
+
+
+def _positions(weights: weights_lib.Weights, table: np.ndarray, *, grid: tuple[int, ...], depth_positions: str) -> np.ndarray:
+    """A file's table [prefix + N, D] -> the model's, the patches' part resized."""
+    prefix, patches = np.split(table, [weights.num_positions])
+    patches = patches.reshape(*weights.grid, -1)
+    patches = resample.positions(patches, grid=grid, depth_positions=depth_positions)
+    placed = weights.architecture.num_prefix_tokens and weights.architecture.prefix_positions
+    return np.concatenate([prefix, patches]) if placed else patches
+
+
+def _changes(
+    weights: weights_lib.Weights, *, patch_size: tuple[int, ...], grid: tuple[int, ...], inflation: str, depth_positions: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What of the patch embedding and the positions was (resized, inflated), in words."""
+    rank, old_rank = len(patch_size), len(weights.patch_size)
+    common = min(rank, old_rank)
+    resized = []
+    for what, old, new in (("patch_embed", weights.patch_size, patch_size), (weights_lib.POSITIONS, weights.grid, grid)):
+        if old[-common:] != new[-common:] or rank < old_rank:
+            resized.append(f"{what} {'x'.join(map(str, old))} -> {'x'.join(map(str, new[-common:]))}")
+    inflated = (f"patch_embed ({inflation})", f"{weights_lib.POSITIONS} ({depth_positions})") if rank > old_rank else ()
+    return tuple(resized), inflated
+
+
+def _ignored(path: pathlib.Path, found: names.Tensors, used: list[str]) -> tuple[str, ...]:
+    """What the file has besides, counted by its first name; InputError where it belongs to the network itself."""
+    left = [name for name in found if name not in set(used)]
+    strange = [name for name in left if name.split(".")[0] in TRUNK]
+    if strange:
+        raise config.InputError(f"{path}: {strange[0]} has no place in the ViTs that are known here; this is another architecture")
+    counts = collections.Counter(re.split(r"[./]", name)[0] for name in left)
+    return tuple(f"{name} ({count})" if count > 1 else name for name, count in counts.items())

@@ -1,0 +1,144 @@
+"""What a file of weights holds, told from names and shapes alone: sizes, prefix tokens, form of the blocks, pooling, preprocessing.
+
+Shapes: `*P` pixels of a patch, `*G` grid of patches, `C` channels, `D` width, `N` tokens.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+from vitmed import config, cost
+from vitmed.models import build, exported, hub, names, tensors
+
+KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a file holds, by its names and shapes. `num_positions` counts what stands before the patches in its position table."""
+
+    path: pathlib.Path
+    architecture: build.Architecture
+    patch_size: tuple[int, ...]
+    grid: tuple[int, ...]
+    num_positions: int
+    in_channels: int
+    num_classes: int | None
+
+
+def preprocessing(path_or_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the pixel values in [0, 1] that the weights were trained with, one entry or one per channel."""
+    path = exported.of_run(hub.find(path_or_name))
+    with tensors.opened(path) as file:
+        own = exported.facts(file.metadata, path)
+    return (tuple(own["mean"]), tuple(own["std"])) if own else hub.preprocessing(path_or_name)
+
+
+def describe(path_or_name: str, *, num_heads: int | None = None, expected: build.Architecture | None = None) -> Weights:
+    """What the weights are, without reading them; InputError where they are no ViT's, or of a form that is not known here.
+
+    `expected` is an architecture whose width, depth and heads they must have.
+    """
+    path = exported.of_run(hub.find(path_or_name))
+    with tensors.opened(path) as file:
+        own = exported.facts(file.metadata, path)
+        found = names.to_timm(file.tensors)
+        known_heads = own["num_heads"] if own else names.num_heads(file.tensors)
+    for name in (KERNEL, POSITIONS, "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"):
+        if name not in found:
+            some = ", ".join(list(found)[:3]) or "nothing"
+            raise config.InputError(f"{path}: no Vision Transformer that is known here: it lacks {name} and holds {some}, ...")
+    kernel = found[KERNEL].shape
+    if len(kernel) not in (4, 5):
+        raise config.InputError(f"{path}: {KERNEL} has shape {list(kernel)}; expected [width, channels, height, width] or one axis more")
+    width, in_channels, *patch_size = kernel
+    if expected is not None:
+        _check_sizes(path, width, _depth(found), expected)
+        num_heads = expected.num_heads
+    architecture = _architecture(path, found, _num_heads(path, width, known=known_heads, given=num_heads))
+    if own and own["pooling"] in ("cls", "mean"):  # both have the same tensors
+        architecture = dataclasses.replace(architecture, pooling=own["pooling"])
+    grid, num_positions = _grid(path, found[POSITIONS].shape, architecture, own["image_size"] if own else None, patch_size)
+    if architecture.num_prefix_tokens:
+        architecture = dataclasses.replace(architecture, prefix_positions=num_positions == architecture.num_prefix_tokens)
+    head = found.get("head.weight")
+    has_head = head is not None and len(head.shape) == 2 and head.shape[1] == width and head.shape[0] > 0
+    return Weights(
+        path=path,
+        architecture=architecture,
+        patch_size=tuple(patch_size),
+        grid=grid,
+        num_positions=num_positions,
+        in_channels=in_channels,
+        num_classes=head.shape[0] if has_head else None,
+    )
+
+
+def _num_heads(path: pathlib.Path, width: int, *, known: int | None, given: int | None) -> int:
+    if known is not None and given is not None and known != given:
+        raise config.InputError(f"{path}: its attention has {known} heads, not the {given} that were asked for; take {known}")
+    heads = known or given or (width // 64 if width % 64 == 0 else 0)
+    if heads < 1 or width % heads:
+        came = f"num_heads={given}" if given else "its tensors do not tell how many heads it has"
+        raise config.InputError(f"{path}: {came}, and its width is {width}; give num_heads, a divisor of the width")
+    return heads
+
+
+def _depth(found: names.Tensors) -> int:
+    return 1 + max(int(match[1]) for name in found if (match := re.match(r"blocks\.(\d+)\.", name)))
+
+
+def _check_sizes(path: pathlib.Path, width: int, depth: int, expected: build.Architecture) -> None:
+    if (width, depth) != (expected.width, expected.depth):
+        same = [name for name, one in build.VARIANTS.items() if (one.width, one.depth) == (width, depth)]
+        mend = f"take variant={same[0]}" if same else "no variant has these"
+        asked = f"the variant asked for has width {expected.width} and depth {expected.depth}"
+        raise config.InputError(f"{path}: the weights are of width {width} and depth {depth}, {asked}; {mend}, or other weights")
+
+
+def _architecture(path: pathlib.Path, found: names.Tensors, num_heads: int) -> build.Architecture:
+    """The form, from which tensors there are and their sizes."""
+    hidden_in, hidden_out = found["blocks.0.mlp.fc1.weight"].shape, found["blocks.0.mlp.fc2.weight"].shape
+    if len(hidden_in) != 2 or len(hidden_out) != 2 or hidden_in[0] not in (hidden_out[1], 2 * hidden_out[1]):
+        raise config.InputError(f"{path}: the MLP's layers have shapes {list(hidden_in)} and {list(hidden_out)}, which do not fit together")
+    distilled = "dist_token" in found
+    registers = found["reg_token"].shape[-2] if "reg_token" in found and len(found["reg_token"].shape) > 1 else 0
+    if distilled and (registers or "cls_token" not in found):
+        raise config.InputError(f"{path}: a distillation token goes with a CLS token and no registers; this form is not known here")
+    class_token, fc_norm = "cls_token" in found, "fc_norm.weight" in found
+    pooling = "map" if "attn_pool.latent" in found else "distilled" if distilled else "mean" if fc_norm or not class_token else "cls"
+    return build.Architecture(
+        width=found[KERNEL].shape[0],
+        depth=_depth(found),
+        num_heads=num_heads,
+        mlp_width=hidden_out[1],
+        class_token=class_token,
+        num_registers=1 if distilled else registers,
+        swiglu=hidden_in[0] != hidden_out[1],
+        layer_scale="blocks.0.ls1.gamma" in found,
+        pooling=pooling,
+        final_norm="norm.weight" in found,
+        fc_norm=fc_norm,
+    )
+
+
+def _grid(
+    path: pathlib.Path,
+    table: tuple[int, ...],
+    architecture: build.Architecture,
+    image_size: list[int] | None,
+    patch_size: list[int],
+) -> tuple[tuple[int, ...], int]:
+    """The grid of a position table [1, N, D], and how many positions stand before it: one for each prefix token, for CLS alone, or none."""
+    if len(table) != 3 or table[0] != 1 or table[2] != architecture.width:
+        raise config.InputError(f"{path}: {POSITIONS} has shape {list(table)}; expected [1, tokens, {architecture.width}]")
+    rank, prefix = len(patch_size), architecture.num_prefix_tokens
+    registers = architecture.num_registers and architecture.pooling != "distilled"
+    for before in (0, 1, prefix) if registers else (prefix, 0):
+        count = table[1] - before
+        equal = (round(max(count, 0) ** (1 / rank)),) * rank
+        grid = cost.grid(tuple(image_size), tuple(patch_size)) if image_size else equal
+        if count > 0 and math.prod(grid) == count:
+            return grid, before
+    raise config.InputError(f"{path}: {POSITIONS} has {table[1]} positions, which with {prefix} prefix tokens make no grid of equal sides")

@@ -1,0 +1,95 @@
+"""Files written whole or not at all, and JSON read with its faults named."""
+
+import errno
+import json
+import math
+import os
+import pathlib
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vitmed import config as config_lib
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Put data at path so that a reader, a crash or a power cut meets the old file or the new one; MachineError if it cannot."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise config_lib.MachineError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def _sync_folder(path: pathlib.Path) -> None:
+    """Make a rename in the folder survive a power cut, where the file system can promise that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def json_ready(value: Any) -> Any:
+    """Turn numpy values into Python's, tuples into lists and numbers that JSON does not have into null."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return json_ready(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_bytes(value: Any) -> bytes:
+    """Encode for a file that people read too; ValueError for numbers that JSON does not have."""
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def read(path: pathlib.Path) -> bytes:
+    """Return the bytes of a file; FileNotFoundError if it is absent, InputError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise config_lib.InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
+    """Return the JSON object in data; InputError that says where and what is wrong."""
+    try:
+        value = json.loads(data, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise config_lib.InputError(f"{where} is broken: {error}; restore it from a copy or run into another folder") from error
+    if not isinstance(value, dict):
+        raise config_lib.InputError(f"{where} is broken: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Make a folder and its parents; InputError if the path is at fault, MachineError if the disk is."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        kind = config_lib.MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else config_lib.InputError
+        raise kind(f"the folder {path} cannot be made: {error.strerror or error}") from error
