@@ -56,6 +56,13 @@ def test_forward_in_3d(shared_fixtures, patch):
         assert_parity(applied(module, params, volumes[..., :in_channels]), theirs[f"img28_patch{patch}/logits"])
 
 
+def test_a_volume_of_depth_one_is_the_image(shared_fixtures):
+    theirs = np.load(shared_fixtures / "micro_vit_forward.npz")
+    file = str(shared_fixtures / "micro_vit.safetensors")
+    module, params = models.from_pretrained(file, image_size=(1, 28, 28), patch_size=(1, 7, 7), num_heads=3)
+    assert_parity(applied(module, params, theirs["img28_patch7/images_nhwc"][:, None]), theirs["img28_patch7/logits"])
+
+
 def test_the_real_vit_tinys_features_and_logits(shared_fixtures, vit_tiny):
     theirs = np.load(shared_fixtures / "vit_tiny_breastmnist_features.npz")
     assert models.preprocessing(vit_tiny) == ((0.5,) * 3, (0.5,) * 3)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -149,3 +150,23 @@ def test_another_pooling_of_the_same_tokens(tmp_path, form, pooling):
     features = module.clone(num_classes=None)
     params = {name: leaf for name, leaf in params.items() if not name.startswith("head")}
     assert np.isfinite(jax.jit(features.apply)({"params": params}, made_up.images())).all()
+
+
+MEASURED = """
+import os, resource, sys
+import jax
+from vitmed import models
+file = sys.argv[1]
+jax.block_until_ready(jax.numpy.zeros(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+models.from_pretrained(file, image_size=(28, 28), patch_size=(7, 7), num_heads=2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / os.path.getsize(file))
+"""
+
+
+def test_loading_takes_less_than_two_and_a_half_times_the_file(tmp_path):
+    shapes = {name: [1024 * n // 16 if n in (16, 48, 64) else n for n in shape] for name, shape in FORMS["deit"]["shapes"].items()}
+    file = write(tmp_path, shapes)
+    assert pathlib.Path(file).stat().st_size > 90e6
+    done = subprocess.run([sys.executable, "-c", MEASURED, file], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 2.5
