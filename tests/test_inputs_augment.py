@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import ndimage, stats
+from PIL import Image
+from scipy import stats
 
 from vitmed.models import inputs
 from vitmed.training import augment
@@ -202,44 +203,46 @@ def test_rotation_alone_crops_nothing(size):
     np.testing.assert_allclose(np.stack([rows, columns])[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=5e-3)
 
 
-def turned(size, angle, crop):
-    """Where each pixel of the output lies in the image, and whether it is inside of the crop: the geometry once more, in matrices."""
-    H, W = size
-    top, left, h, w = crop
-    centre = np.array([H / 2, W / 2])
-    pixels = np.stack(np.meshgrid(np.arange(H) + 0.5, np.arange(W) + 0.5, indexing="ij"), axis=-1) - centre
-    stretched = pixels @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]).T + centre
-    return np.array([top, left]) + stretched * [h / H, w / W] - 0.5, ((stretched >= 0) & (stretched <= [H, W])).all(-1), stretched
+def turned(size, angle):
+    """Where each pixel of the output lies in the image before the rotation, in pixels from its upper left corner: in matrices."""
+    centre = np.array(size) / 2
+    pixels = np.stack(np.meshgrid(*(np.arange(n) + 0.5 for n in size), indexing="ij"), axis=-1) - centre
+    return pixels @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]).T + centre
 
 
-@pytest.mark.parametrize(
-    ("size", "crop", "limit"), [((16, 16), {}, 180.0), ((14, 22), {"crop_scale": (0.5, 0.9), "crop_ratio": (0.5, 2.0)}, 40.0)]
-)
-def test_rotation_and_crop_are_one_bilinear_resample_about_the_centre(size, crop, limit):
-    H, W = size
-    batch, options = 60, crop | {"rotation_degrees": limit}
-    rows, columns, inside, shown = where_from(size, batch=batch, **options)
-    # The map is affine: fit it about the centre, where nothing is clamped.
-    y, x = np.meshgrid(np.arange(H) + 0.5 - H / 2, np.arange(W) + 0.5 - W / 2, indexing="ij")
-    near = np.hypot(y, x) < min(size) / 2 - 1
-    design = np.stack([y[near], x[near], np.ones(near.sum())], axis=1)
-    angles = []
+@pytest.mark.parametrize(("size", "limit"), [((16, 16), 180.0), ((14, 22), 40.0)])
+def test_rotation_shows_the_nearest_pixel_about_the_centre_as_pillow_does(size, limit):
+    batch = 60
+    rows, columns, inside, shown = where_from(size, batch=batch, rotation_degrees=limit)
+    picture, angles = Image.fromarray(noise(*size)), []
     for index in range(batch):
-        (a, b, row), (c, d, column) = np.linalg.lstsq(design, np.stack([rows[index][near], columns[index][near]], 1), rcond=None)[0].T
-        angle = math.atan2(b, a)
-        assert math.atan2(-c, d) == pytest.approx(angle, abs=1e-3)
-        h, w = math.hypot(a, b) * H, math.hypot(c, d) * W
-        crop = row + 0.5 - h / 2, column + 0.5 - w / 2, h, w
-        np.testing.assert_allclose(crop, np.round(crop), atol=5e-3)
-        source, within, stretched = turned(size, angle, np.round(crop))
-        clear = np.min(np.abs(np.stack([stretched, stretched - [H, W]])), axis=(0, -1)) > 1e-2  # not on the very edge
-        np.testing.assert_array_equal(inside[index][clear] > 0.5, within[clear])
-        top, left, h, w = np.round(crop).astype(int)
-        part = noise(*size)[top : top + h, left : left + w]
-        expected = ndimage.map_coordinates(part, np.moveaxis(source - [top, left], -1, 0), order=1, mode="nearest") * within
-        np.testing.assert_allclose(shown[index][clear], expected[clear], atol=2e-3)
+        seen, there = inside[index] > 0.5, np.stack([rows[index], columns[index]], axis=-1)
+        np.testing.assert_allclose(there[seen], np.round(there[seen]), atol=2e-3)
+        # The angle that explains most pixels, from that of the best affine map on.
+        offset = np.stack(np.meshgrid(*(np.arange(n) + 0.5 - n / 2 for n in size), indexing="ij"), axis=-1)
+        (a, b), (c, d) = np.linalg.lstsq(offset[seen], there[seen] + 0.5 - np.array(size) / 2, rcond=None)[0].T
+        near = math.atan2(b - c, a + d) + np.linspace(-0.02, 0.02, 401)
+        angle = max(near, key=lambda angle: np.sum(np.floor(turned(size, angle))[seen] == np.round(there)[seen]))
+        true = turned(size, angle)
+        clear = np.min(np.abs(true - np.round(true)), axis=-1) > 0.06  # not near the edge of a pixel: the angle is known to about .005
+        np.testing.assert_array_equal(np.floor(true)[seen & clear], np.round(there)[seen & clear])
+        np.testing.assert_array_equal(seen[clear], ((true >= 0) & (true < size)).all(-1)[clear])
+        theirs = np.asarray(picture.rotate(math.degrees(angle), Image.Resampling.NEAREST))
+        assert np.mean(np.abs(theirs - shown[index])[clear] < 2e-3) > 0.99
         angles.append(math.degrees(angle))
     assert stats.kstest(angles, stats.uniform(-limit, 2 * limit).cdf).pvalue > 1e-3
+
+
+def test_a_crop_is_stretched_bilinearly_and_then_rotated():
+    size, crop, rotation = (14, 22), {"crop_scale": (0.5, 0.9), "crop_ratio": (0.5, 2.0)}, {"rotation_degrees": 40.0}
+    rows, columns, inside, _ = where_from(size, batch=60, **rotation)
+    *_, cropped = where_from(size, batch=60, **crop)
+    *_, both = where_from(size, batch=60, **crop, **rotation)
+    for index in range(60):
+        seen = inside[index] > 0.5
+        nearest = tuple(np.round(np.stack([rows[index], columns[index]])).astype(int)[:, seen])
+        np.testing.assert_allclose(both[index][seen], cropped[index][nearest], atol=1e-5)
+        assert not np.any(both[index][~seen])
 
 
 def test_brightness_is_one_uniform_factor_per_image_clipped_at_white():

@@ -116,6 +116,19 @@ def test_a_run_goes_on_and_is_evaluated_without_the_weights_it_started_from(file
     assert (workdir / "weights/seed0.safetensors").read_bytes() == (finished / "weights/seed0.safetensors").read_bytes()
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_weights_again(file, finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "advance", lambda *given, **named: (_ for _ in ()).throw(config.Stopped(15)))
+        assert call(main, *arguments(file), f"--workdir={workdir}") == 75
+    assert (workdir / "model.json").exists()
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+    assert call(main, *arguments(file), f"--workdir={workdir}") == 0
+    again, before = (safetensors.numpy.load_file(run / "weights/seed1.safetensors") for run in (workdir, finished))
+    for name in before:
+        np.testing.assert_array_equal(again[name], before[name])
+
+
 def test_every_seed_starts_from_the_weights(file):
     planned = experiment.plan(config.load(f"{VIT2D}:dataset=phantom2d,patch=14,variant=vit_micro,pretrained={file}", {"seeds": "3,4"}))
     start, _ = experiment._start(planned, folder.RunFolder("/nowhere"))

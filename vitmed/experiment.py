@@ -224,7 +224,6 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
             run_folder.write_model(experiment.network.record(report))
         outcome = loop.train(
             recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
-            start=start,
             plan=schedule,
             dataset=dataset,
             run_folder=run_folder,
@@ -234,6 +233,7 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
             evaluation_batch_size=config.eval.batch_size,
             placement=config.data.placement,
             label=experiment.label,
+            start=start,
         )
         for split, predictions in outcome.predictions.items():
             labels = dataset.splits[split].labels

@@ -1,7 +1,7 @@
 """Augmentation inside the jitted step, a pure function of a key: each example has its own draw, 2D and 3D share the code.
 
 Shapes: `B` batch, `H, W` the last two spatial axes, `C` channels. Values are in [0, 1]. A volume is augmented in its H-W plane, the same
-draw for every slice. Crop and rotation are one bilinear resample; flips and quarter turns move values without changing them.
+draw for every slice. Crop and rotation are one resample; flips and quarter turns move values without changing them.
 What the torchvision recipe of the study does one after another on bytes is composed here on floats; outside of the crop is black.
 """
 
@@ -75,7 +75,11 @@ def _draw_crop(key: jax.Array, height: int, width: int, augmentation: Augmentati
 
 
 def _crop_and_rotate(key: jax.Array, image: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Crop, stretch to the full size, rotate about the centre: one bilinear resample of [..., H, W, C]."""
+    """Crop, stretch to the full size bilinearly, rotate about the centre by the nearest pixel, in one resample of [..., H, W, C].
+
+    torchvision's RandomRotation takes the nearest pixel unless told otherwise, and so does the study: interpolated once more, training
+    images would be smoother than those that the network is tested on.
+    """
     height, width = image.shape[-3:-1]
     crop_key, angle_key = jax.random.split(key)
     top, left, h, w = _draw_crop(crop_key, height, width, augmentation) if augmentation.crops else (0, 0, height, width)
@@ -85,7 +89,9 @@ def _crop_and_rotate(key: jax.Array, image: jax.Array, augmentation: Augmentatio
     y, x = jnp.meshgrid(jnp.arange(height) + 0.5 - height / 2, jnp.arange(width) + 0.5 - width / 2, indexing="ij")
     v = jnp.cos(angle) * y + jnp.sin(angle) * x + height / 2
     u = -jnp.sin(angle) * y + jnp.cos(angle) * x + width / 2
-    inside = (v >= 0) & (v <= height) & (u >= 0) & (u <= width)
+    inside = (v >= 0) & (v < height) & (u >= 0) & (u < width)
+    if augmentation.rotation_degrees > 0:
+        v, u = jnp.floor(v) + 0.5, jnp.floor(u) + 0.5  # the centre of the pixel of the stretched crop in which it lies
     rows = jnp.clip(top + v * h / height - 0.5, top, top + h - 1)
     columns = jnp.clip(left + u * w / width - 0.5, left, left + w - 1)
     return jnp.where(inside[..., None], _bilinear(image, rows, columns), 0.0)

@@ -68,7 +68,6 @@ class Outcome:
 def train(
     recipe: programs.Recipe,
     *,
-    start: Any,
     plan: pipeline.Plan,
     dataset: sources.Dataset,
     run_folder: folder.RunFolder,
@@ -78,6 +77,7 @@ def train(
     evaluation_batch_size: int,
     placement: str,
     label: str,
+    start: Any = None,
 ) -> Outcome:
     """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
 
