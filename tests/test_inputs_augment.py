@@ -221,7 +221,7 @@ def test_rotation_shows_the_nearest_pixel_about_the_centre_as_pillow_does(size, 
         # The angle that explains most pixels, from that of the best affine map on.
         offset = np.stack(np.meshgrid(*(np.arange(n) + 0.5 - n / 2 for n in size), indexing="ij"), axis=-1)
         (a, b), (c, d) = np.linalg.lstsq(offset[seen], there[seen] + 0.5 - np.array(size) / 2, rcond=None)[0].T
-        near = math.atan2(b - c, a + d) + np.linspace(-0.02, 0.02, 401)
+        near = math.atan2(b - c, a + d) + np.linspace(-0.08, 0.08, 1601)
         angle = max(near, key=lambda angle: np.sum(np.floor(turned(size, angle))[seen] == np.round(there)[seen]))
         true = turned(size, angle)
         clear = np.min(np.abs(true - np.round(true)), axis=-1) > 0.06  # not near the edge of a pixel: the angle is known to about .005
