@@ -61,7 +61,8 @@ def pack(
         arrays[timm_name(path, distilled=architecture.pooling == "distilled")] = np.ascontiguousarray(values)
     facts = {"image_size": image_size, "num_heads": architecture.num_heads, "pooling": architecture.pooling}
     facts |= {"mean": [float(x) for x in mean], "std": [float(x) for x in std], "seed": int(seed), "val_loss": float(val_loss)}
-    return safetensors.numpy.save(arrays, {KEY: json.dumps(facts), "format": "pt"})
+    # One entry: the library writes several in an order of its own, and the same run would give other bytes.
+    return safetensors.numpy.save(arrays, {KEY: json.dumps(facts)})
 
 
 def facts(metadata: dict[str, str], path: pathlib.Path) -> dict[str, Any] | None:
