@@ -6,6 +6,7 @@ RUN := .venv/bin/python
 
 run: .venv/ready
 	$(RUN) -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
+	$(RUN) -m vitmed.report --workdir=runs/quickstart --out=runs/quickstart-report
 
 test: .venv/ready
 	$(RUN) -m pytest -m "not slow"
@@ -21,7 +22,7 @@ lint: .venv/ready
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --extra medical --extra hub --extra dev \
 	    --no-annotate --no-header --no-emit-index-url --output-file requirements.lock \
-	    $(foreach name,torch torchvision jinja2 markupsafe mpmath sympy setuptools,--no-emit-package $(name))
+	    $(foreach name,torch torchvision mpmath sympy setuptools,--no-emit-package $(name))
 
 .venv/ready: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vitmed needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11 ...")'

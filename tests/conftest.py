@@ -1,7 +1,10 @@
 """What several test files share: where real data lie, and a small config that trains in seconds."""
 
+import importlib.util
 import os
 import pathlib
+import sys
+import types
 
 import jax
 import pytest
@@ -62,3 +65,19 @@ def small_config():
         return config_lib.load(f"{ROOT}/configs/quickstart.py:{argument}", SMALL | {k.replace("__", "."): v for k, v in overrides.items()})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def evaluator():
+    """Load medmnist/evaluator.py by path: `import medmnist` would import torch, and its info.py makes ~/.medmnist."""
+    package = types.ModuleType("medmnist")
+    info = types.ModuleType("medmnist.info")
+    info.INFO, info.DEFAULT_ROOT = {}, None
+    folder = pathlib.Path(importlib.util.find_spec("medmnist").origin).parent
+    spec = importlib.util.spec_from_file_location("medmnist_evaluator", folder / "evaluator.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "medmnist", package)
+        patch.setitem(sys.modules, "medmnist.info", info)
+        spec.loader.exec_module(module)
+    return module

@@ -1,10 +1,6 @@
 """The metrics against scikit-learn, MedMNIST's own evaluator and cases worked by hand."""
 
-import importlib.util
 import math
-import pathlib
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -18,22 +14,6 @@ MEDMNIST_TASKS = {
     "ordinal": "ordinal-regression",
     "multi-label": "multi-label, binary-class",
 }
-
-
-@pytest.fixture(scope="module")
-def evaluator():
-    """Load medmnist/evaluator.py by path: `import medmnist` would import torch, and its info.py makes ~/.medmnist."""
-    package = types.ModuleType("medmnist")
-    info = types.ModuleType("medmnist.info")
-    info.INFO, info.DEFAULT_ROOT = {}, None
-    folder = pathlib.Path(importlib.util.find_spec("medmnist").origin).parent
-    spec = importlib.util.spec_from_file_location("medmnist_evaluator", folder / "evaluator.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "medmnist", package)
-        patch.setitem(sys.modules, "medmnist.info", info)
-        spec.loader.exec_module(module)
-    return module
 
 
 def draw(task, *, seed, num_examples=300, num_classes=5, digits=None):

@@ -93,3 +93,13 @@ def make_folder(path: pathlib.Path) -> None:
     except OSError as error:
         kind = config_lib.MachineError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) else config_lib.InputError
         raise kind(f"the folder {path} cannot be made: {error.strerror or error}") from error
+
+
+def check_folder(path: pathlib.Path, refused: str) -> None:
+    """InputError that begins with `refused`, and nothing written, if the path is no folder and none can be made there, or not written."""
+    absolute = pathlib.Path(os.path.abspath(path))
+    nearest = next(parent for parent in (absolute, *absolute.parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise config_lib.InputError(f"{refused}: {nearest} is a file where a folder should be; choose another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise config_lib.InputError(f"{refused}: {nearest} is not writable; choose another")

@@ -98,12 +98,7 @@ class RunFolder:
     def check(self, config: Mapping[str, Any]) -> None:
         """Raise InputError, writing nothing, if the folder cannot be made or written, or holds a run with another config."""
         refused = f"{self.path} cannot be a run's folder"
-        absolute = pathlib.Path(os.path.abspath(self.path))
-        nearest = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))
-        if not nearest.is_dir():
-            raise config_lib.InputError(f"{refused}: {nearest} is a file where a folder should be; choose another")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise config_lib.InputError(f"{refused}: {nearest} is not writable; choose another")
+        files.check_folder(self.path, refused)
         try:
             holds_run = self.config.exists()
         except OSError as error:

@@ -1,0 +1,230 @@
+"""The report's files, and its page in a real browser."""
+
+import csv
+import io
+import pathlib
+import shutil
+import xml.dom.minidom
+
+import made_runs
+import numpy as np
+import pytest
+
+from vitmed import config as config_lib
+from vitmed import report
+from vitmed.study import figures, formats, results
+
+BROWSER = shutil.which("chromium")
+DRIVER = shutil.which("chromedriver")
+
+
+def run(*arguments):
+    return config_lib.run_cli(report.main, [*arguments, "--resamples=200"])
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Two data sets of several patch sizes, one with an odd run."""
+    root = tmp_path_factory.mktemp("runs")
+    for patch, skill in (("28", 0.3), ("7", 1.0), ("4", 2.0)):
+        made_runs.write(root / f"breast{patch}", patch=patch, skill=skill)
+    made_runs.write(root / "breast_odd", patch="7", skill=1.0, train__learning_rate=1e-5)
+    labels = made_runs.labels_of("ordinal", num_classes=5)
+    for patch in ("28", "7"):
+        made_runs.write(root / f"retina{patch}", dataset="retinamnist", task="multi-class", patch=patch, labels=labels % 3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def out(roots, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    assert run(f"--workdir={roots}", f"--out={folder}", "--medmnist") == 0
+    return folder
+
+
+def test_every_file_is_there(out):
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.parent.name != "medmnist"}
+    names = ["patch_size", "cost"] + [
+        f"{one}_{kind}" for one in ("breastmnist", "retinamnist") for kind in ("learning", "confusion", "roc", "calibration")
+    ]
+    drawn = {f"figures/{name}.{kind}" for name in names for kind in ("svg", "png")}
+    assert there == {"index.html", "results.csv", "results.md", "results.tex", "summary.md"} | drawn
+    for name in names:
+        assert (out / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert xml.dom.minidom.parse(str(out / f"figures/{name}.svg")).documentElement.tagName == "svg"
+
+
+def test_csv_has_a_row_per_run_and_seed(out, roots):
+    rows = list(csv.DictReader(io.StringIO((out / "results.csv").read_text())))
+    of_runs = [row for row in rows if row["kind"] == "run" and row["series"] != "learning rate chosen on validation loss"]
+    assert len(of_runs) == 6 * 3
+    file = np.load(roots / "breast4" / "predictions" / "test.npz")
+    for row in (row for row in of_runs if row["run"] == "breast4"):
+        right = file["probabilities"][int(row["seed"])].argmax(axis=1) == file["labels"][:, 0]
+        assert float(row["test_accuracy"]) == pytest.approx(right.mean())
+        assert (row["patch"], row["num_tokens"], row["num_test_images"]) == ("4", "50", "60")
+
+
+def test_markdown_puts_the_best_in_bold_and_says_n_and_seeds(out):
+    text = (out / "results.md").read_text()
+    table = text.partition("### breastmnist: scores")[2].partition("###")[0]
+    assert "60 test images, 3 seeds" in table
+    rows = [line for line in table.splitlines() if line.startswith("| patch") or line.startswith("| ensemble")]
+    bold = [row for row in rows if row.split("|")[3].strip().startswith("**")]
+    means = {row: float(row.split("|")[3].strip(" *").split(" ±")[0]) for row in rows}
+    assert len(bold) == 1
+    assert means[bold[0]] == max(means.values())
+    assert "gain in balanced accuracy over the largest patch" in table
+
+
+def test_latex_is_escaped_and_balanced(out):
+    text = (out / "results.tex").read_text()
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 6
+    assert r"$\pm$" in text
+    for line in text.splitlines():
+        if line.endswith(r"\\"):
+            assert "_" not in line.replace(r"\_", "")
+            assert "%" not in line.replace(r"\%", "")
+
+
+@pytest.mark.parametrize("text", ["a_b & 5% #1 {x} ~ ^ \\ $"])
+def test_latex_text(text):
+    assert formats.latex_text(text) == r"a\_b \& 5\% \#1 \{x\} \textasciitilde{} \textasciicircum{} \textbackslash{} \$"
+
+
+def test_words_say_intervals_and_what_was_not_run(out):
+    text = (out / "summary.md").read_text()
+    assert "patch 2, the paper's small patch, was not run; 4 is the smallest that was" in text
+    assert "Too few sets for Wilcoxon's signed-rank test (2; six are needed)" in text
+    contrast = next(line for line in text.splitlines() if line.startswith("- The paper's contrast, patch 4 against patch 28"))
+    assert "(3 seeds, 60 images)" in contrast
+    assert contrast.count("[") == 2
+
+
+def test_the_same_runs_give_the_same_bytes(out, roots, tmp_path):
+    assert run(f"--workdir={roots}", f"--out={tmp_path}", "--medmnist") == 0
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_medmnists_evaluator_reads_its_files_and_agrees(out, roots, evaluator, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluator, "INFO", {"breastmnist": {"task": "binary-class"}, "retinamnist": {"task": "ordinal-regression"}})
+    paths = sorted((out / "medmnist").iterdir())
+    assert len(paths) == 6 * 3
+    for flag, name in (("breastmnist", "breast28"), ("retinamnist", "retina28")):
+        labels = np.load(roots / name / "predictions" / "test.npz")["labels"]
+        np.savez(tmp_path / f"{flag}.npz", test_labels=labels)
+    monkeypatch.setattr(evaluator.Evaluator.__init__, "__defaults__", (None, str(tmp_path)))
+    for path in paths:
+        copy = tmp_path / path.name
+        copy.write_bytes(path.read_bytes())
+        found = evaluator.Evaluator.parse_and_evaluate(str(copy))
+        said = path.name.partition("[AUC]")[2]
+        assert f"{found.AUC:.3f}_[ACC]{found.ACC:.3f}@" in said
+        assert (tmp_path / path.name).exists()  # which it writes again under the same name
+
+
+def test_a_fault_is_named_and_the_rest_is_reported(roots, tmp_path, capsys):
+    copy = tmp_path / "runs"
+    shutil.copytree(roots, copy)
+    (copy / "breast4" / "result.json").unlink()
+    assert run(f"--workdir={copy}", f"--out={tmp_path / 'out'}") == 1
+    said = capsys.readouterr()
+    assert f"vitmed: {copy / 'breast4'}: left out: not finished" in said.err
+    assert said.out.strip() == str(tmp_path / "out" / "index.html")
+    assert "not finished" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--workdir={empty}", "--out={out}"], "no finished run there"),
+        (["--workdir={empty}/absent", "--out={out}"], "no such folder"),
+        (["--workdir={roots}", "--out={file}"], "is a file where a folder should be"),
+        (["--workdir={roots}", "--out={out}", "--ensemble=4,2"], "breastmnist has 28, 4, 7"),
+        (["--workdir={roots}", "--out={out}", "--ensemble=7"], "two patch sizes or more"),
+        (["--workdir={roots}", "--out={out}", "--config.seeds=1"], "takes no overrides"),
+        (["--workdir={roots}"], "--out"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(arguments, says, roots, tmp_path, capsys):
+    places = {"empty": tmp_path / "empty", "out": tmp_path / "out", "file": tmp_path / "file", "roots": roots}
+    places["empty"].mkdir()
+    places["file"].write_text("")
+    assert run(*(argument.format(**places) for argument in arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not places["out"].exists()
+
+
+def test_an_ensemble_can_be_asked_for(roots, tmp_path):
+    assert run(f"--workdir={roots}", f"--out={tmp_path}", "--ensemble=4,7") == 0
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert {row["patch"] for row in rows if row["kind"] == "ensemble"} == {"4+7"}
+
+
+def test_pareto_keeps_what_nothing_cheaper_reaches():
+    points = [(1, 0.5), (2, 0.4), (3, 0.7), (3, 0.6), (4, 0.7), (5, 0.9)]
+    assert figures.pareto(points) == [(1, 0.5), (3, 0.7), (5, 0.9)]
+
+
+def test_roc_curve_equals_scikit_learns():
+    from sklearn import metrics as peer
+
+    rng = np.random.default_rng(0)
+    positive, scores = rng.random(200) < 0.4, np.round(rng.random(200), 1)
+    grid = np.linspace(0.001, 0.999, 57)
+    rates, hits, _ = peer.roc_curve(positive, scores, drop_intermediate=False)
+    np.testing.assert_allclose(figures.roc_at(grid, positive, scores), np.interp(grid, rates, hits), atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (BROWSER and DRIVER):
+        pytest.skip("no chromium and chromedriver on this machine; install Debian's chromium and chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def test_the_page_opens_without_errors_and_sorts(out, browser):
+    browser.get((out / "index.html").as_uri())
+    assert browser.title == "vitmed: patch size study"
+    images = "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
+    loaded = browser.execute_script(images)
+    assert len(loaded) == 10
+    assert all(loaded)
+    column = (
+        "return [...document.querySelectorAll('#breastmnist table')[0].tBodies[0].rows].map(row => parseFloat(row.cells[2].textContent))"
+    )
+    head = browser.find_elements("css selector", "#breastmnist table th button")[2]
+    assert head.text == results.NAMES["balanced_accuracy"]
+    before = browser.execute_script(column)
+    head.click()
+    assert browser.execute_script(column) == sorted(before)
+    head.click()
+    assert browser.execute_script(column) == sorted(before, reverse=True)
+    assert before != sorted(before)
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_needs_no_network_and_no_other_file(out):
+    text = (out / "index.html").read_text()
+    addresses = [part.split('"')[0] for mark in ('src="', 'href="') for part in text.split(mark)[1:]]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+
+
+def test_what_is_not_ours_is_escaped(tmp_path):
+    made_runs.write(tmp_path / "runs" / "<script>alert(1)<", patch="7")
+    assert run(f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}") == 0
+    assert "<script>alert" not in pathlib.Path(tmp_path / "out" / "index.html").read_text()

@@ -1,0 +1,238 @@
+"""Runs read back from folders, sorted into series, made into ensembles and compared."""
+
+import json
+
+import made_runs
+import numpy as np
+import pytest
+from scipy import stats
+
+from vitmed import config as config_lib
+from vitmed import metrics
+from vitmed.study import analysis, collection, comparisons, subjects
+
+RESAMPLES = 200
+
+
+def study(root, **options):
+    runs, faults = collection.collect([root])
+    return analysis.analyse(runs, faults=faults, **({"resamples": RESAMPLES} | options))
+
+
+@pytest.fixture(scope="module")
+def patches(tmp_path_factory):
+    """One data set at four patch sizes, better the smaller the patch."""
+    root = tmp_path_factory.mktemp("patches")
+    for patch, skill in (("28", 0.3), ("14", 0.6), ("7", 1.2), ("4", 2.5)):
+        made_runs.write(root / f"p{patch}", patch=patch, skill=skill)
+    return root
+
+
+def test_runs_come_back_from_the_coarsest_patch_to_the_finest(patches):
+    runs, faults = collection.collect([patches])
+    assert faults == []
+    assert [run.patch for run in runs] == ["28", "14", "7", "4"]
+    assert [run.name for run in runs] == ["patch 28", "patch 14", "patch 7", "patch 4"]
+    assert runs[0].of_seeds("test", "auc") == runs[0].result["test"]["auc"]
+
+
+def test_a_folder_given_twice_is_read_once(patches):
+    runs, faults = collection.collect([patches, patches / "p7"])
+    assert (len(runs), faults) == (4, [])
+
+
+def test_failed_seeds_are_left_out(tmp_path):
+    made_runs.write(tmp_path / "a", seeds=(3, 4, 5), failed=(4,))
+    (run,), _ = collection.collect([tmp_path])
+    assert run.seeds == (3, 5)
+    assert np.isfinite(run.probabilities).all()
+    assert run.of_seeds("test", "auc") == [run.result["test"]["auc"][0], run.result["test"]["auc"][2]]
+
+
+def spoil(path, kind):
+    """Damage a run's folder; what is said of it."""
+    result = path / "result.json"
+    if kind == "half-written":
+        result.unlink()
+        return "not finished"
+    if kind == "newer":
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"schema_version": 99}))
+        return "schema_version 99"
+    if kind == "truncated":
+        file = path / "predictions" / "test.npz"
+        file.write_bytes(file.read_bytes()[:-40])
+        return "is broken"
+    if kind == "no predictions":
+        (path / "predictions" / "test.npz").unlink()
+        return "no predictions"
+    if kind == "no config":
+        (path / "config.json").unlink()
+        return "no config.json"
+    if kind == "other config":
+        config = path / "config.json"
+        config.write_text(config.read_text().replace("0.05", "0.07"))
+        return "not of the run that config.json describes"
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize("kind", ["half-written", "newer", "truncated", "no predictions", "no config", "other config"])
+def test_a_spoilt_folder_is_named_and_the_rest_is_read(tmp_path, kind):
+    for patch in ("28", "7"):
+        made_runs.write(tmp_path / f"p{patch}", patch=patch)
+    said = spoil(tmp_path / "p7", kind)
+    runs, (fault,) = collection.collect([tmp_path])
+    assert [run.patch for run in runs] == ["28"]
+    assert fault.startswith(f"{tmp_path / 'p7'}: ")
+    assert said in fault
+    assert len(fault.splitlines()) == 1
+
+
+def test_nothing_finished_is_an_input_error(tmp_path):
+    with pytest.raises(config_lib.InputError, match="no finished run there; train some"):
+        collection.collect([tmp_path])
+    with pytest.raises(config_lib.InputError, match="no such folder"):
+        collection.collect([tmp_path / "absent"])
+    made_runs.write(tmp_path / "a")
+    (tmp_path / "a" / "result.json").unlink()
+    with pytest.raises(config_lib.InputError, match="not finished"):
+        collection.collect([tmp_path])
+
+
+def test_other_labels_and_twins_are_left_out(tmp_path):
+    labels = made_runs.labels_of("binary")
+    for patch in ("28", "14"):
+        made_runs.write(tmp_path / f"p{patch}", patch=patch, labels=labels)
+    made_runs.write(tmp_path / "other", patch="7", labels=1 - labels)
+    made_runs.write(tmp_path / "twin", patch="14", seeds=(5,), labels=labels)
+    runs, faults = collection.collect([tmp_path])
+    assert [run.path.name for run in runs] == ["p28", "p14"]
+    assert "other data" in faults[0]
+    assert "has the same settings and 3 seeds" in faults[1]
+
+
+def test_series_are_named_by_the_settings_that_are_odd(tmp_path):
+    for patch in ("28", "7"):
+        made_runs.write(tmp_path / f"plain{patch}", patch=patch)
+    made_runs.write(tmp_path / "slow", patch="7", train__learning_rate=3e-5)
+    runs, _ = collection.collect([tmp_path])
+    assert [(run.series, run.patch) for run in runs] == [("", "28"), ("", "7"), ("learning rate 3e-05", "7")]
+
+
+def test_an_ensemble_is_the_mean_probability_of_each_seed(patches):
+    """Recomputed from the saved files in plain numpy."""
+    (one,) = study(patches).data_sets
+    made = {member.subject.patch: member for member in one.series[0].ensembles}
+    assert list(made) == ["28+14+7+4"]
+    files = [np.load(patches / f"p{patch}" / "predictions" / "test.npz") for patch in (28, 14, 7, 4)]
+    mean = sum(file["probabilities"].astype(float) for file in files) / 4
+    truth = files[0]["labels"][:, 0]
+    accuracies = [(of_seed.argmax(axis=1) == truth).mean() for of_seed in mean]
+    assert made["28+14+7+4"].per_seed["accuracy"] == pytest.approx(accuracies, abs=1e-12)
+    positive, negative = mean[:, truth == 1, 1], mean[:, truth == 0, 1]
+    areas = [np.mean((p[:, None] > n) + 0.5 * (p[:, None] == n)) for p, n in zip(positive, negative, strict=True)]
+    assert made["28+14+7+4"].per_seed["auc"] == pytest.approx(areas, abs=1e-12)
+
+
+def test_ensembles_take_the_papers_patches_that_are_there_or_those_asked_for(tmp_path):
+    for patch in ("28", "4", "2"):
+        made_runs.write(tmp_path / f"p{patch}", patch=patch)
+    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    assert [one.patch for one in subjects.ensembles(members)] == ["4+2", "28+4+2"]
+    assert [one.patch for one in subjects.ensembles(members, [("28", "2"), ("4", "1")])] == ["28+2"]
+
+
+def test_an_ensemble_takes_the_common_seeds(tmp_path):
+    made_runs.write(tmp_path / "a", patch="28", seeds=(0, 1, 2))
+    made_runs.write(tmp_path / "b", patch="7", seeds=(2, 1, 7))
+    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    made = subjects.ensemble(members)
+    assert made.seeds == (1, 2)
+    expected = (members[0].probabilities[1].astype(float) + members[1].probabilities[1]) / 2  # seed 1 of each
+    np.testing.assert_allclose(made.probabilities[0], expected, rtol=1e-12)
+
+
+def test_an_ensemble_over_data_sets_is_refused(tmp_path):
+    made_runs.write(tmp_path / "a")
+    made_runs.write(tmp_path / "b", dataset="pneumoniamnist")
+    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    with pytest.raises(config_lib.InputError, match=r"pneumoniamnist.*different ones; take one data set"):
+        subjects.ensemble(members)
+
+
+def test_gains_are_differences_of_means_with_holms_correction(patches):
+    (one,) = study(patches).data_sets
+    series = one.series[0]
+    gains = [gain for gain in series.gains if gain.metric == "balanced_accuracy"]
+    assert [(gain.first.patch, gain.second.patch) for gain in gains] == [("14", "28"), ("7", "28"), ("4", "28")]
+    means = {member.subject.patch: np.mean(member.per_seed["balanced_accuracy"]) for member in series.runs}
+    assert [gain.difference.estimate for gain in gains] == pytest.approx([means[p] - means["28"] for p in ("14", "7", "4")])
+    assert all(gain.difference.low <= gain.difference.estimate <= gain.difference.high for gain in gains)
+    plain = [gain.difference.p_value for gain in gains]
+    assert [gain.adjusted for gain in gains][plain.index(min(plain))] == pytest.approx(min(1.0, 3 * min(plain)))
+    assert gains[-1].difference.low > 0  # patch 4 is far better by construction
+
+
+def test_the_papers_contrast_or_the_nearest_to_it(patches, tmp_path):
+    (one,) = study(patches).data_sets
+    contrast = one.series[0].contrast
+    assert {(asked.first.patch, asked.second.patch) for asked in contrast.comparisons} == {("4", "28")}
+    assert contrast.note == "patch 2, the paper's small patch, was not run; 4 is the smallest that was"
+    for patch in ("28", "14", "1"):
+        made_runs.write(tmp_path / f"p{patch}", dataset="fracturemnist3d", task="multi-class", patch=patch, rank=3)
+    (volumes,) = study(tmp_path).data_sets
+    contrast = volumes.series[0].contrast
+    assert {(asked.first.patch, asked.second.patch) for asked in contrast.comparisons} == {("1", "14")}
+    assert contrast.note == ""
+
+
+def test_without_the_large_patch_there_is_no_contrast(tmp_path):
+    made_runs.write(tmp_path / "a", patch="7")
+    (one,) = study(tmp_path).data_sets
+    assert one.series[0].contrast == comparisons.Contrast((), "patch 28, which the paper's contrast starts from, was not run")
+
+
+def test_another_series_is_held_against_the_plain_one(tmp_path):
+    for patch in ("28", "7"):
+        made_runs.write(tmp_path / f"plain{patch}", patch=patch, skill=3.0)
+    made_runs.write(tmp_path / "odd", patch="7", skill=0.1, model__pooling="mean")
+    (one,) = study(tmp_path).data_sets
+    asked = next(asked for asked in one.series[1].against_plain if asked.metric == "balanced_accuracy")
+    assert (asked.first.name, asked.second.name) == ("patch 7, pooling mean", "patch 7")
+    assert asked.difference.high < 0
+
+
+def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):
+    for rate, skill in ((1e-5, 0.5), (3e-5, 3.0), (1e-4, 1.5)):  # made runs of more skill have less validation loss
+        for patch in ("28", "7"):
+            made_runs.write(tmp_path / f"{rate}-{patch}", patch=patch, skill=skill, train__learning_rate=rate)
+    (one,) = study(tmp_path).data_sets
+    chosen = next(series for series in one.series if series.name == subjects.CHOSEN)
+    assert [(run.subject.patch, run.subject.run.config["train.learning_rate"]) for run in chosen.runs] == [("28", 3e-5), ("7", 3e-5)]
+
+
+def test_where_rates_do_not_vary_none_is_chosen(patches):
+    assert subjects.chosen_rates(subjects.of_runs(collection.collect([patches])[0])) == []
+
+
+@pytest.mark.parametrize(("num_sets", "tells"), [(5, False), (6, True)])
+def test_wilcoxon_needs_six_data_sets(tmp_path, num_sets, tells):
+    names = ("breastmnist", "pneumoniamnist", "bloodmnist", "dermamnist", "octmnist", "pathmnist")[:num_sets]
+    for name in names:
+        made_runs.write(tmp_path / f"{name}28", dataset=name, patch="28", skill=0.2)
+        made_runs.write(tmp_path / f"{name}2", dataset=name, patch="2", skill=2.0)
+    found = next(one for one in study(tmp_path, resamples=100).across if one.metric == "balanced_accuracy")
+    assert set(found.differences) == set(names)
+    expected = stats.wilcoxon([one.estimate for one in found.differences.values()]).pvalue if tells else None
+    assert found.p_value == (pytest.approx(expected) if tells else None)
+
+
+@pytest.mark.parametrize("task", metrics.TASKS)
+def test_every_task_is_measured(tmp_path, task):
+    for patch in ("28", "7"):
+        made_runs.write(tmp_path / patch, patch=patch, task=task, labels=made_runs.labels_of(task))
+    (one,) = study(tmp_path).data_sets
+    for member in one.series[0].members:
+        for name in metrics.metric_names(task):
+            interval = member.intervals[name]
+            assert interval.low <= interval.estimate <= interval.high
+            assert interval.estimate == pytest.approx(np.mean(member.per_seed[name]))

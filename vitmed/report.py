@@ -1,0 +1,96 @@
+"""Put finished runs into tables, figures and a page: `python -m vitmed.report --workdir=ROOT --out=DIR`."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from vitmed import __version__
+from vitmed import config as config_lib
+from vitmed.runs import files
+from vitmed.study import analysis, collection, figures, formats, medmnist_files, page, results, summary
+
+EXAMPLES = """examples:
+  python -m vitmed.report --workdir=runs/study2d --out=report
+  python -m vitmed.report --workdir=runs/study2d --workdir=runs/study3d --out=report --ensemble=4,7 --ensemble=4,7,14
+  python -m vitmed.report --workdir=runs/breast_p7 --out=report --medmnist
+
+DIR gets index.html (a page that needs no network), results.csv (a row per run and seed), results.md, results.tex (needs booktabs and
+graphicx), summary.md and figures/ as SVG and PNG; with --medmnist also medmnist/, for `python -m medmnist evaluate`.
+
+exit status: 0 done; 1 done, but folders were left out, each named; 2 wrong input"""
+
+
+def make_parser() -> config_lib.Parser:
+    """The flags."""
+    parser = config_lib.Parser(prog="vitmed.report", description="Tables, figures and a page of finished runs.", epilog=EXAMPLES)
+    parser.add_argument(
+        "--workdir", required=True, action="append", metavar="ROOT", help="a folder that holds runs, at any depth; repeatable"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write; files of an earlier report are replaced")
+    parser.add_argument(
+        "--ensemble",
+        action="append",
+        default=[],
+        metavar="PATCH,PATCH",
+        help="patch sizes whose probabilities are averaged; repeatable (default: those of 1, 2, 4 that there are, and all)",
+    )
+    parser.add_argument("--resamples", default="2000", metavar="N", help="bootstrap resamples (default: 2000)")
+    parser.add_argument("--medmnist", action="store_true", help="also write MedMNIST's own result files")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the report and print where it is; the exit status."""
+    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    if overrides:
+        raise config_lib.InputError(f"--config.{next(iter(overrides))}: a report is made of finished runs; it takes no overrides")
+    resamples = config_lib.parse("--resamples", flags.resamples, 2000)
+    config_lib.require(100 <= resamples <= 100_000, "--resamples", resamples, "from 100 to 100000")
+    out = pathlib.Path(flags.out).expanduser()
+    files.check_folder(out, f"--out={flags.out}")
+    runs, faults = collection.collect([pathlib.Path(root).expanduser() for root in flags.workdir])
+    study = analysis.analyse(runs, faults=faults, ensembles=wanted(flags.ensemble, runs), resamples=resamples)
+    write(study, out, runs=runs if flags.medmnist else ())
+    for fault in faults:
+        print(f"vitmed: {fault}", file=sys.stderr)
+    print(out / "index.html")
+    return 1 if faults else 0
+
+
+def wanted(ensembles: Sequence[str], runs: Sequence[collection.Run]) -> list[tuple[str, ...]]:
+    """The patch sizes of each --ensemble; InputError where no data set has them all."""
+    there = {name: {run.patch for run in members} for name, members in collection.by_dataset(runs).items()}
+    asked = []
+    for text in ensembles:
+        patches = tuple(dict.fromkeys(text.replace("+", ",").split(",")))
+        if len(patches) < 2 or not any(set(patches) <= known for known in there.values()):
+            listed = "; ".join(f"{name} has {', '.join(sorted(known))}" for name, known in there.items())
+            raise config_lib.InputError(f"--ensemble={text}: needs two patch sizes or more that one data set has all of; {listed}")
+        asked.append(patches)
+    return asked
+
+
+def write(study: analysis.Study, out: pathlib.Path, *, runs: Sequence[collection.Run] = ()) -> None:
+    """Write all files of a report; of `runs` MedMNIST's files too."""
+    drawn = {name: figures.encode(one) for name, one in figures.draw(study).items()}
+    tables = [table for one in study.data_sets for table in results.tables(one)]
+    method = results.METHOD.format(resamples=study.resamples)
+    texts = {
+        "results.csv": formats.as_csv(study),
+        "results.md": "\n".join(["# Results", "", method, "", *map(formats.as_markdown, tables)]),
+        "results.tex": "\n".join([f"% {method}", *map(formats.as_latex, tables)]),
+        "summary.md": summary.as_markdown(study),
+        "index.html": page.render(study, figures=drawn, version=__version__),
+    }
+    for run in runs:
+        texts |= {f"medmnist/{name}": text for name, text in medmnist_files.of_run(run).items()}
+    data = {name: text.encode() for name, text in texts.items()}
+    data |= {f"figures/{name}.{kind}": encoded for name, one in drawn.items() for kind, encoded in one.items()}
+    for name, content in data.items():
+        path = out / name
+        files.make_folder(path.parent)
+        files.write_whole(path, content)
+
+
+if __name__ == "__main__":
+    sys.exit(config_lib.run_cli(main, sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""From runs to everything that a report says: subjects with intervals, gains, contrasts, ensembles, and what holds over data sets."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from vitmed import metrics
+from vitmed.study import calibration, collection, comparisons, statistics, subjects
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A subject with what it scores: per metric a value per seed and the interval of their mean; calibration per seed."""
+
+    subject: subjects.Subject
+    per_seed: dict[str, list[float | None]]
+    intervals: dict[str, statistics.Interval | None]
+    brier_score: list[float]
+    expected_calibration_error: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Runs of one data set that differ in patch size alone, from the largest patch to the smallest, and their ensembles."""
+
+    name: str
+    runs: tuple[Measured, ...]
+    ensembles: tuple[Measured, ...]
+    gains: tuple[comparisons.Comparison, ...]
+    contrast: comparisons.Contrast
+    of_ensembles: tuple[comparisons.Comparison, ...]  # each against its best member by validation loss
+    against_plain: tuple[comparisons.Comparison, ...]
+
+    @property
+    def members(self) -> tuple[Measured, ...]:
+        """Runs, then ensembles."""
+        return self.runs + self.ensembles
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """All series of one data set, the plain one first."""
+
+    name: str
+    task: str
+    rank: int
+    num_images: int
+    series: tuple[Series, ...]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its images are generated."""
+        return self.name.startswith("phantom")
+
+
+@dataclasses.dataclass(frozen=True)
+class Across:
+    """The plain series' contrasts of all data sets of one rank: Wilcoxon's signed-rank test, None with too few sets."""
+
+    rank: int
+    metric: str
+    differences: dict[str, statistics.Difference]
+    p_value: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a report is made of; `faults` says which folders are left out and why."""
+
+    data_sets: tuple[DataSet, ...]
+    across: tuple[Across, ...]
+    faults: tuple[str, ...]
+    resamples: int
+
+
+def analyse(
+    runs: Sequence[collection.Run], *, faults: Sequence[str] = (), ensembles: Sequence[Sequence[str]] = (), resamples: int = 2000
+) -> Study:
+    """Measure and compare the runs; `ensembles` are patch sizes that belong together, by default the paper's and all."""
+    resampler = comparisons.Resampler(resamples=resamples)
+    sets = tuple(_data_set(members, ensembles, resampler) for members in collection.by_dataset(runs).values())
+    return Study(sets, _across(sets), tuple(faults), resamples)
+
+
+def _measure(subject: subjects.Subject, resampler: comparisons.Resampler) -> Measured:
+    return Measured(
+        subject,
+        subject.measured(),
+        resampler.intervals(subject),
+        brier_score=[calibration.brier_score(subject.task, subject.labels, one) for one in subject.probabilities],
+        expected_calibration_error=[
+            calibration.expected_calibration_error(subject.task, subject.labels, one) for one in subject.probabilities
+        ],
+    )
+
+
+def _data_set(runs: Sequence[collection.Run], ensembles: Sequence[Sequence[str]], resampler: comparisons.Resampler) -> DataSet:
+    members = subjects.of_runs(runs)
+    groups: dict[str, list[subjects.Subject]] = {}
+    for member in [*members, *subjects.chosen_rates(members)]:
+        groups.setdefault(member.series, []).append(member)
+    plain = next(iter(groups.values()))  # the runs come in that order
+    series = tuple(_series(name, group, plain, ensembles, resampler) for name, group in groups.items())
+    first = runs[0]
+    return DataSet(first.dataset, first.task, first.rank, len(first.labels), series)
+
+
+def _series(
+    name: str,
+    runs: Sequence[subjects.Subject],
+    plain: Sequence[subjects.Subject],
+    ensembles: Sequence[Sequence[str]],
+    resampler: comparisons.Resampler,
+) -> Series:
+    made = subjects.ensembles(runs, ensembles)
+    against_best = [one for ensemble in made for one in resampler.compare(ensemble, _best_member(ensemble, runs))]
+    return Series(
+        name,
+        runs=tuple(_measure(run, resampler) for run in runs),
+        ensembles=tuple(_measure(ensemble, resampler) for ensemble in made),
+        gains=tuple(comparisons.gains(runs, resampler)),
+        contrast=comparisons.contrast(runs, resampler),
+        of_ensembles=tuple(comparisons.corrected(against_best)),
+        against_plain=tuple(comparisons.counterparts(plain, runs, resampler)) if runs is not plain else (),
+    )
+
+
+def _best_member(ensemble: subjects.Subject, runs: Sequence[subjects.Subject]) -> subjects.Subject:
+    """The member of the lowest mean validation loss: what one would use instead, chosen without looking at the test split."""
+    members = [run for run in runs if run.run in ensemble.runs]
+    return min(members, key=lambda member: metrics.mean_and_sd(member.run.of_seeds("val", "loss"))[0])
+
+
+def _across(sets: Sequence[DataSet]) -> tuple[Across, ...]:
+    found = []
+    for rank in sorted({one.rank for one in sets}):
+        for metric in comparisons.METRICS:
+            differences = {
+                one.name: asked.difference
+                for one in sets
+                if one.rank == rank and not one.synthetic
+                for asked in one.series[0].contrast.comparisons
+                if asked.metric == metric
+            }
+            if differences:
+                found.append(Across(rank, metric, differences, statistics.wilcoxon([asked.estimate for asked in differences.values()])))
+    return tuple(found)

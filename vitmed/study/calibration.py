@@ -1,0 +1,49 @@
+"""Whether probabilities mean what they say. `N` images, `L` labels per image (1 except in multi-label), `K` classes."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Reliability(NamedTuple):
+    """Of every bin of confidence that holds predictions: their mean confidence, the share that is right, and how many they are."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+
+def brier_score(task: str, labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean squared error of probabilities [N, K] for labels int [N, L] (Brier 1950).
+
+    Summed over the classes, from 0 to 2; of binary tasks of class 1 and of multi-label of each label and averaged, from 0 to 1.
+    """
+    if task == "multi-label":
+        return float(np.mean((probabilities.astype(np.float64) - labels) ** 2))
+    squared = (probabilities.astype(np.float64) - (labels == np.arange(probabilities.shape[1]))) ** 2
+    return float(squared[:, 1].mean() if task == "binary" else squared.sum(axis=1).mean())
+
+
+def reliability(task: str, labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> Reliability:
+    """Confidence against accuracy in bins of equal width; of multi-label tasks every label's probability is a prediction of its own.
+
+    The confidence is the highest probability, of multi-label tasks that of the side that is predicted: both as in Guo et al. (2017).
+    """
+    if task == "multi-label":
+        confidence = np.maximum(probabilities, 1 - probabilities).ravel()
+        right = ((probabilities > 0.5) == (labels == 1)).ravel()
+    else:
+        confidence = probabilities.max(axis=1)
+        right = probabilities.argmax(axis=1) == labels[:, 0]
+    # Bins are open below and closed above, as in Guo et al.
+    place = np.clip(np.ceil(confidence.astype(np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    held = count > 0
+    means = [np.bincount(place, weights=values, minlength=bins)[held] / count[held] for values in (confidence, right)]
+    return Reliability(*means, count[held])
+
+
+def expected_calibration_error(task: str, labels: np.ndarray, probabilities: np.ndarray, *, bins: int = 15) -> float:
+    """Mean distance between confidence and accuracy over the predictions, by bins of equal width (Guo et al. 2017)."""
+    found = reliability(task, labels, probabilities, bins=bins)
+    return float(np.average(np.abs(found.confidence - found.accuracy), weights=found.count))
