@@ -30,6 +30,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.name = given["dataset"]
     config.data.rank = 2  # axes of an image: what this recipe is for
     config.data.size = given["size"]  # pixels along each axis
+    config.data.resize = 0  # pixels along each axis that the network sees; 0: as they are
+    config.data.invert = False  # the image seen is (256 - x) mod 256, the released code's uint8 overflow
     config.data.root = ""  # folder of .npz files; empty: $VITMED_DATA, then ~/.medmnist
     config.data.verify = True  # refuse a file whose MD5 is not the official one
     config.data.placement = "auto"  # where the training images live: device, host, auto (device where they fit)
@@ -37,10 +39,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.variant = given["variant"]
     config.model.patch_size = given["patch"]  # pixels; one entry stands for all axes
+    config.model.kernel_size = (0,)  # pixels along each axis that a patch's token is computed from; 0: those of the patch
     default = AUGREG.get(given["variant"], "")
     config.model.pretrained = default if given["pretrained"] == "default" else given["pretrained"]  # empty: from scratch
     config.model.inflation = "average"  # how 2D weights come to the depth of 3D patches: average or center
     config.model.depth_positions = "copy"  # and their positions: copy, or sincos (a code of the depth added)
+    config.model.position_resize = "bicubic"  # how positions come to the grid: bicubic, or cut (as the released code does)
     config.model.in_channels = 3  # gray images are copied to three; 1 sums the kernel of RGB weights instead
     # Of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel.
     config.model.mean = ml_collections.FieldReference("auto", field_type=object)

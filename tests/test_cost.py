@@ -124,6 +124,57 @@ def test_a_patch_that_does_not_divide_is_refused_with_those_that_do(image_size, 
             refuses(image_size, patch_size)
 
 
+def as_released(patch):
+    """The study's 3D code never resizes its kernel in the plane."""
+    return {"image_size": (28,) * 3, "patch_size": (patch,) * 3, "kernel_size": (patch, 16, 16)}
+
+
+@pytest.mark.parametrize(
+    ("patch", "tokens", "seen"), [(28, 1, 0.327), (14, 2, 0.327), (7, 16, 0.675), (4, 112, 1), (2, 686, 1), (1, 4732, 1)]
+)
+def test_the_tokens_of_the_released_3d_code(patch, tokens, seen):
+    """The study's table of what its code computes; the share of voxels that any token sees tells where the kernels lie."""
+    assert cost.num_patches(**as_released(patch)) == tokens
+    grid = cost.grid(**as_released(patch))
+    covered = [{at * patch + k for at in range(n) for k in range(kernel)} for n, kernel in zip(grid, (patch, 16, 16), strict=True)]
+    assert all(max(axis) < 28 for axis in covered)
+    assert len(covered[0]) * len(covered[1]) * len(covered[2]) / 28**3 == pytest.approx(seen, abs=5e-4)
+
+
+def test_a_kernel_of_another_size_counts_its_own_pixels():
+    sizes = as_released(7) | {"in_channels": 3, "width": 8, "depth": 2, "mlp_width": 20}
+    block = (8 + 8) + (8 * 24 + 24) + (8 * 8 + 8) + (8 + 8) + (8 * 20 + 20) + (20 * 8 + 8)
+    kernel = 7 * 16 * 16 * 3 * 8 + 8
+    assert cost.num_params(**sizes, num_classes=3) == kernel + 8 + 17 * 8 + 2 * block + (8 + 8) + 8 * 3 + 3
+    blocks = 2 * (17 * (4 * 8 * 8 + 2 * 8 * 20) + 2 * 17**2 * 8)
+    assert cost.gmacs_forward(**sizes, num_classes=3) == pytest.approx((16 * (7 * 16 * 16 * 3) * 8 + blocks + 8 * 3) / 1e9, rel=1e-12)
+    more = {**sizes, "num_heads": 2}
+    assert cost.activations_per_example(**more) == 28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20 + 2 * 17**2) + 2 * 17 * 8
+    state = 5 * 4 * cost.num_params(**sizes, num_classes=3)
+    step = {**more, "num_classes": 3, "batch_size": 4}
+    assert cost.training_memory(**step) == state + 4 * 4 * cost.activations_per_example(**more)
+
+
+def test_the_patchs_own_kernel_changes_nothing():
+    assert cost.grid((28, 28), (7, 4), (7, 4)) == cost.grid((28, 28), (7, 4))
+    assert cost.num_tokens((28, 28), (7, 7), kernel_size=(7, 7)) == 17
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "kernel_size", "says"),
+    [
+        ((28, 28), (7, 7), (16,), r"kernel_size \(16,\) has 1 entries and image_size .* has 2"),
+        ((28, 28), (7, 7), (7, 29), "does not fit axis width .* from 1 to 28 there"),
+        ((28, 28), (7, 7), (0, 16), "does not fit axis height"),
+        ((28, 28), (0, 7), (16, 16), "the patch positive"),
+        ((28, 28, 28), (5, 5, 5), (5, 16, 16), "5 does not divide the 28 pixels of axis depth"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_is_refused(image_size, patch_size, kernel_size, says):
+    with pytest.raises(config.InputError, match=says):
+        cost.grid(image_size, patch_size, kernel_size)
+
+
 def test_training_memory_by_hand():
     sizes = {"image_size": (28, 28), "patch_size": (14, 14), "in_channels": 1, "width": 8, "depth": 2, "mlp_width": 32}
     n, d, m, heads = 5, 8, 32, 2

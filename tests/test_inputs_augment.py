@@ -80,6 +80,42 @@ def test_bytes_become_normalised_floats_and_gray_is_copied(channels, mean, std):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(56, 112), (14, 9), (28, 28)])
+def test_images_are_resized_as_pillow_does_and_stay_within_bounds(size):
+    images = np.random.default_rng(0).integers(0, 2, (2, 28, 28, 1), np.uint8) * np.uint8(255)  # overshoots nearly everywhere
+    got = np.asarray(inputs.prepare(jnp.asarray(images), in_channels=3, mean=(0.0,), std=(1.0,), image_size=size))
+    for image, seen in zip(images, got, strict=True):
+        theirs = Image.fromarray(image[..., 0] / np.float32(255)).resize(size[::-1], Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(seen, np.repeat(np.clip(theirs, 0, 1)[..., None], 3, axis=-1), atol=1e-5)
+    if size != (14, 9):  # where smaller, antialiasing leaves nothing to clip
+        assert (got.min(), got.max()) == (0, 1)
+
+
+def test_volumes_are_resized_along_every_axis():
+    ramp = np.broadcast_to(np.arange(0, 240, 30, dtype=np.uint8)[:, None, None], (8, 4, 6))
+    for axis in range(3):
+        volume = np.moveaxis(ramp, 0, axis)[None, ..., None]
+        size = tuple(2 * pixels for pixels in volume.shape[1:-1])
+        seen = inputs.prepare(jnp.asarray(volume), in_channels=1, mean=(0.0,), std=(1 / 255,), image_size=size)
+        line = np.moveaxis(np.asarray(seen)[0, ..., 0], axis, 0)
+        np.testing.assert_allclose(line, np.broadcast_to(line[:, :1, :1], line.shape), atol=1e-3)
+        np.testing.assert_allclose(line[4:-4, 0, 0], 15 * np.arange(4, 12) - 7.5, atol=1e-3)  # cubics keep a ramp
+
+
+def test_augmentation_sees_images_as_they_are_stored():
+    shapes = []
+
+    def note(values):
+        shapes.append(values.shape)
+        return 1 - values
+
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 4, 6, 1), np.uint8))
+    how = {"in_channels": 3, "mean": (0.5,), "std": (0.5,), "image_size": (8, 12)}
+    got = inputs.prepare(images, augment=note, **how)
+    assert shapes == [(2, 4, 6, 1)]
+    np.testing.assert_allclose(got, -inputs.prepare(images, **how), atol=1e-5)
+
+
 def test_augmentation_sees_values_in_0_1_before_gray_is_copied():
     images, seen = np.array([0, 51, 255], np.uint8).reshape(1, 1, 3, 1), []
     prepared = inputs.prepare(

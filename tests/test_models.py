@@ -111,6 +111,58 @@ def test_patch_embedding_is_a_convolution_whose_stride_is_its_kernel(image_size,
     np.testing.assert_allclose(module.apply({"params": params}, images), expected, atol=1e-5)
 
 
+# (image, patch, kernel, grid): overlapping, leaving pixels out, both, one axis as usual, a stride that divides nothing.
+KERNELS = [
+    ((9, 8), (2, 3), (5, 4), (3, 2)),
+    ((9, 8), (4, 5), (1, 3), (3, 2)),
+    ((9, 8), (4, 3), (2, 6), (2, 1)),
+    ((6, 7, 9), (2, 4, 2), (2, 5, 3), (3, 1, 4)),
+    ((6, 5, 9), (7, 2, 9), (3, 4, 2), (1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "kernel_size", "grid"), KERNELS)
+def test_a_kernel_of_another_size_than_its_stride_is_the_explicit_loop(image_size, patch_size, kernel_size, grid):
+    images, width = images_of(image_size), 7
+    module = vit.PatchEmbed(patch_size, width, kernel_size=kernel_size)
+    params = made_up(lambda: module.init(jax.random.key(0), images)["params"])
+    corners = [[at * patch for at, patch in zip(cell, patch_size, strict=True)] for cell in np.ndindex(*grid)]
+    windows = [tuple(slice(first, first + k) for first, k in zip(corner, kernel_size, strict=True)) for corner in corners]
+    patches = np.array([[image[window].reshape(-1) for window in windows] for image in images.astype(np.float64)])
+    got = module.apply({"params": params}, images)
+    assert got.shape == (2, len(windows), width)
+    np.testing.assert_allclose(got, linear(patches, params), atol=1e-4)
+    assert cost.grid(image_size, patch_size, kernel_size) == grid
+
+
+def test_a_kernel_of_the_patchs_size_is_the_patch_embedding_as_it_was():
+    images, usual = images_of((6, 4)), vit.PatchEmbed((3, 2), 7)
+    same = vit.PatchEmbed((3, 2), 7, kernel_size=(3, 2))
+    params = usual.init(jax.random.key(0), images)
+    jax.tree.map(np.testing.assert_array_equal, params, same.init(jax.random.key(0), images))
+    traced = [str(jax.make_jaxpr(module.apply)(params, images)) for module in (usual, same)]
+    assert traced[0] == traced[1]
+    assert "conv_general_dilated" not in traced[0]
+
+
+def test_a_kernel_larger_than_the_image_is_refused():
+    for image_size in ((8, 4), (8, 8, 8)):
+        with pytest.raises(ValueError, match="cannot be cut by kernels"):
+            micro((2, 2), kernel_size=(5, 5)).init(jax.random.key(0), images_of(image_size))
+
+
+def test_a_whole_model_with_overlapping_kernels_in_bfloat16_and_float32():
+    images, exact, rough = (
+        images_of((10, 8)),
+        micro((4, 2), kernel_size=(6, 4)),
+        micro((4, 2), kernel_size=(6, 4), dtype="bfloat16"),
+    )
+    params = made_up(initialiser(exact, (10, 8)))
+    assert params["pos_embed"].shape == (1 + 2 * 3, 48)
+    logits = applied(exact, params, images)
+    assert 0 < np.abs(applied(rough, params, images) - logits).max() < 0.1 * np.abs(logits).max()
+
+
 @pytest.mark.parametrize(("image_size", "patch_size"), [((8, 8), (3, 4)), ((8, 8), (4, 4, 4)), ((8, 8, 8), (4, 4))])
 def test_an_image_that_cannot_be_cut_is_refused(image_size, patch_size):
     with pytest.raises(ValueError, match="cannot be cut"):
@@ -174,23 +226,25 @@ def test_2d_is_3d_of_depth_one():
 
 
 @pytest.mark.parametrize(
-    ("variant", "image_size", "patch_size", "channels", "num_classes"),
+    ("variant", "image_size", "patch_size", "kernel_size", "channels", "num_classes"),
     [
-        ("vit_micro", (28, 28), (7, 7), 1, 2),
-        ("vit_micro", (8, 28, 28), (2, 7, 4), 3, 11),
-        ("vit_mini", (28, 28), (28, 28), 3, 14),
-        ("vit_ti", (28, 28), (4, 4), 3, 9),
-        ("vit_ti", (28, 28, 28), (14, 14, 14), 3, 0),
-        ("vit_s", (64, 64), (16, 8), 3, 5),
-        ("vit_l", (28, 28), (14, 14), 3, 2),
+        ("vit_micro", (28, 28), (7, 7), None, 1, 2),
+        ("vit_micro", (8, 28, 28), (2, 7, 4), None, 3, 11),
+        ("vit_micro", (28, 28, 28), (4, 4, 4), (4, 16, 16), 3, 3),
+        ("vit_micro", (28, 28), (28, 5), (16, 16), 1, 3),
+        ("vit_mini", (28, 28), (28, 28), None, 3, 14),
+        ("vit_ti", (28, 28), (4, 4), None, 3, 9),
+        ("vit_ti", (28, 28, 28), (14, 14, 14), None, 3, 0),
+        ("vit_s", (64, 64), (16, 8), None, 3, 5),
+        ("vit_l", (28, 28), (14, 14), None, 3, 2),
     ],
 )
-def test_parameters_and_multiplications_are_those_of_cost(variant, image_size, patch_size, channels, num_classes):
+def test_parameters_and_multiplications_are_those_of_cost(variant, image_size, patch_size, kernel_size, channels, num_classes):
     sizes = build.variant(variant)
-    module = build.model(sizes, patch_size=patch_size, num_classes=num_classes or None)
+    module = build.model(sizes, patch_size=patch_size, kernel_size=kernel_size, num_classes=num_classes or None)
     shapes = jax.eval_shape(initialiser(module, image_size, channels=channels))
     shape = {"image_size": image_size, "patch_size": patch_size, "in_channels": channels, "num_classes": num_classes}
-    shape |= {"width": sizes.width, "depth": sizes.depth, "mlp_width": sizes.mlp_width}
+    shape |= {"kernel_size": kernel_size, "width": sizes.width, "depth": sizes.depth, "mlp_width": sizes.mlp_width}
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cost.num_params(**shape)
     image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
     traced = jax.make_jaxpr(lambda params, image: module.apply({"params": params}, image))(shapes, image)
@@ -198,13 +252,16 @@ def test_parameters_and_multiplications_are_those_of_cost(variant, image_size, p
 
 
 def products(jaxpr):
-    """The multiply-accumulates of every matrix product in a traced program: the entries of the result times what each sums over."""
+    """The multiply-accumulates of products and convolutions in a traced program: the entries of the result times what each sums over."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += equation.outvars[0].aval.size * int(np.prod([shape[axis] for axis in contracted]))
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval  # [*K, C, D], each of whose last sums over all others
+            total += equation.outvars[0].aval.size * int(np.prod(kernel.shape[:-1]))
         total += sum(products(getattr(inner, "jaxpr", inner)) for inner in core.jaxprs_in_params(equation.params))
     return total
 

@@ -98,7 +98,7 @@ def test_a_run_is_taken_by_its_folder_at_another_patch_size_and_rank(finished, t
     module, params = models.from_pretrained(str(volumes), image_size=(28, 28), patch_size=(7, 7))
     assert module.apply({"params": params}, np.zeros((1, 28, 28, 3), np.float32)).shape == (1, 2)
     described = weights.describe(str(volumes))
-    assert (described.patch_size, described.grid) == ((14, 7, 7), (2, 4, 4))
+    assert (described.kernel_size, described.grid) == ((14, 7, 7), (2, 4, 4))
 
 
 def test_a_run_goes_on_and_is_evaluated_without_the_weights_it_started_from(file, finished, tmp_path, monkeypatch):

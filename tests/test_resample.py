@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from vitmed import config
 from vitmed.models import resample
@@ -41,6 +42,51 @@ def test_a_kernel_made_smaller_is_the_least_squares_answer():
     kernel, matrix = normal(8, 1, 1), resample.resize_matrix(8, 3)
     best = np.linalg.lstsq(matrix.T, kernel[:, 0, 0], rcond=None)[0]
     np.testing.assert_allclose(resample.resize_kernel(kernel, (3,))[:, 0, 0], best, atol=1e-12)
+
+
+def linear(line, new):
+    """PyTorch's interpolate(mode="linear", align_corners=False), from its definition: half-pixel centres, edges repeated."""
+    old, values = len(line), []
+    for pixel in range(new):
+        place = max((pixel + 0.5) * old / new - 0.5, 0.0)
+        low = int(place)
+        high = min(low + 1, old - 1)
+        values.append(line[low] + (place - low) * (line[high] - line[low]))
+    return np.array(values)
+
+
+@pytest.mark.parametrize(("old", "new"), [*SIZES, (14, 28), (14, 4), (1, 1)])
+def test_the_linear_matrix_is_pytorchs(old, new):
+    line = normal(old)
+    np.testing.assert_allclose(resample.linear_matrix(old, new) @ line, linear(line, new), atol=1e-12)
+    places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    np.testing.assert_allclose(resample.linear_matrix(old, new) @ line, ndimage.map_coordinates(line, [places], order=1), atol=1e-12)
+
+
+@pytest.mark.parametrize(("old", "grid"), [((6, 6), (4, 9)), ((6, 6), (3, 4, 9)), ((2, 6, 6), (3, 4, 9)), ((2, 6, 6), (4, 9))])
+def test_cut_positions_are_interpolated_linearly_and_copied_along_depth(old, grid):
+    table = normal(*old, 5)
+    got = resample.positions(table, grid=grid, depth_positions="copy", position_resize="cut")
+    if len(old) < len(grid):
+        table = np.repeat(table[None], grid[0], axis=0)
+    if len(old) > len(grid):
+        table = table.mean(axis=0)
+    places = [np.clip((np.arange(n) + 0.5) * o / n - 0.5, 0, o - 1) for o, n in zip(table.shape[:-1], grid, strict=True)]
+    where = np.meshgrid(*places, indexing="ij")
+    expected = np.stack([ndimage.map_coordinates(table[..., d], where, order=1) for d in range(5)], axis=-1)
+    np.testing.assert_allclose(got, expected.reshape(-1, 5), atol=1e-6)
+    assert got.dtype == np.float32
+    antialiased = resample.positions(normal(*old, 5), grid=grid, depth_positions="copy")
+    assert np.abs(got - antialiased).max() > 0.05
+
+
+def test_the_grid_before_the_cut():
+    assert resample.uncut_grid((28,) * 3, (4,) * 3) == (7, 7, 7)
+    assert resample.uncut_grid((28,) * 3, (4,) * 3, (4, 16, 16)) == (7, 7, 7)
+    assert resample.uncut_grid((28, 30), (5, 7), (8, 8)) == (5, 4)
+    for patch, kernel in (((28, 28), (1, 1)), ((56, 56), (16, 16))):
+        with pytest.raises(config.InputError, match=r"position_resize=cut: .* take bicubic"):
+            resample.uncut_grid((30, 30), patch, kernel)
 
 
 def test_the_same_size_changes_nothing():
@@ -118,5 +164,7 @@ def test_any_kernel_and_table_become_flat_ones_of_any_rank(old, patch, order):
 def test_words_that_are_none():
     with pytest.raises(config.InputError, match="inflation=centre: unknown; did you mean center"):
         resample.inflate_kernel(normal(2, 2, 3, 5), 2, "centre")
+    with pytest.raises(config.InputError, match="position_resize=cubic: unknown; did you mean bicubic"):
+        resample.positions(normal(2, 2, 5), grid=(2, 2), depth_positions="copy", position_resize="cubic")
     with pytest.raises(config.InputError, match="depth_positions=sin: unknown; did you mean sincos"):
         resample.inflate_positions(normal(2, 2, 5), 2, "sin")

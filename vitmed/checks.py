@@ -1,11 +1,43 @@
 """The fields of a config held against their limits, before data or devices are touched: each fault is one InputError."""
 
+import dataclasses
+
 import ml_collections
 
 from vitmed import config as config_lib
+from vitmed import cost
+from vitmed.data import sources
+from vitmed.models import resample
 from vitmed.training import augment
 
 MOST = 10**6  # epochs, images in a batch
+MOST_PIXELS = 2**12  # along an axis of a resized image
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The image that the network sees, the patch it is cut into, and the pixels of a token's kernel: one entry per axis each."""
+
+    image_size: tuple[int, ...]
+    patch_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+
+
+def geometry(config: ml_collections.ConfigDict, description: sources.Description) -> Geometry:
+    """What `data.resize`, `model.patch_size` and `model.kernel_size` say, for images of a set."""
+    rank, resize = description.rank, config.data.resize
+    config_lib.require(0 <= resize <= MOST_PIXELS, "data.resize", resize, f"from 1 to {MOST_PIXELS}, or 0 for images as they are")
+    patch_size = config_lib.per_axis("model.patch_size", config.model.patch_size, rank)
+    given = config_lib.per_axis("model.kernel_size", config.model.kernel_size, rank, zero=True)
+    shapes = Geometry(
+        image_size=(resize,) * rank if resize else description.image_size,
+        patch_size=patch_size,
+        kernel_size=tuple(kernel or patch for kernel, patch in zip(given, patch_size, strict=True)),
+    )
+    cost.grid(**dataclasses.asdict(shapes))
+    if config.model.position_resize == "cut":
+        resample.uncut_grid(**dataclasses.asdict(shapes))
+    return shapes
 
 
 def training(config: ml_collections.ConfigDict) -> None:

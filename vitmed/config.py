@@ -217,9 +217,9 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def per_axis(name: str, value: Sequence[int], rank: int) -> tuple[int, ...]:
-    """One entry per axis; a single entry stands for all of them."""
-    require(all(entry >= 1 for entry in value), name, tuple(value), "positive")
+def per_axis(name: str, value: Sequence[int], rank: int, *, zero: bool = False) -> tuple[int, ...]:
+    """One entry per axis, positive or also `zero`; a single entry stands for all of them."""
+    require(all(entry >= 1 - zero for entry in value), name, tuple(value), "positive, or 0" if zero else "positive")
     require(len(value) in (1, rank), name, tuple(value), f"one number, or {rank} for {rank} axes")
     return tuple(value) * rank if len(value) == 1 else tuple(value)
 

@@ -17,34 +17,51 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def grid(image_size: tuple[int, ...], patch_size: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the number of patches along each axis; InputError (with the allowed sizes) where the patch does not divide."""
+def grid(image_size: tuple[int, ...], patch_size: tuple[int, ...], kernel_size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Return the number of tokens along each axis; InputError (with the allowed sizes) where the patch does not divide.
+
+    `kernel_size` are the pixels that a token is computed from, the patch's unless given. Along an axis where they are not the patch's, the
+    patch is the kernel's stride and need not divide: as many tokens as kernels that lie wholly within the image.
+    """
     image_size, patch_size = tuple(image_size), tuple(patch_size)
-    if len(image_size) != len(patch_size) or not image_size:
-        raise config.InputError(
-            f"patch_size {patch_size} has {len(patch_size)} entries and image_size {image_size} has {len(image_size)}; give one per axis"
-        )
-    for axis, (length, patch) in enumerate(zip(image_size, patch_size, strict=True)):
+    kernel_size = patch_size if kernel_size is None else tuple(kernel_size)
+    for what, size in (("patch_size", patch_size), ("kernel_size", kernel_size)):
+        if len(image_size) != len(size) or not image_size:
+            raise config.InputError(
+                f"{what} {size} has {len(size)} entries and image_size {image_size} has {len(image_size)}; give one per axis"
+            )
+    for axis, (length, patch, kernel) in enumerate(zip(image_size, patch_size, kernel_size, strict=True)):
+        name = AXES.get(len(image_size), range(len(image_size)))[axis]
         if length < 1:
             raise config.InputError(f"image_size {image_size} must be at least 1 along every axis")
-        if patch < 1 or length % patch:
-            name = AXES.get(len(image_size), range(len(image_size)))[axis]
+        if kernel != patch and (patch < 1 or not 1 <= kernel <= length):
+            raise config.InputError(
+                f"kernel_size {kernel_size} at every {patch_size} pixels does not fit axis {name} of image_size {image_size}; "
+                f"the kernel must be from 1 to {length} there, the patch positive"
+            )
+        if kernel == patch and (patch < 1 or length % patch):
             allowed = ", ".join(map(str, divisors(length)))
             raise config.InputError(
                 f"patch_size {patch_size}: {patch} does not divide the {length} pixels of axis {name} of image_size {image_size}; "
                 f"allowed there: {allowed}"
             )
-    return tuple(length // patch for length, patch in zip(image_size, patch_size, strict=True))
+    return tuple((length - kernel) // patch + 1 for length, patch, kernel in zip(image_size, patch_size, kernel_size, strict=True))
 
 
-def num_patches(image_size: tuple[int, ...], patch_size: tuple[int, ...]) -> int:
-    """Return the number of patches of an image; InputError where the patch does not divide."""
-    return math.prod(grid(image_size, patch_size))
+def num_patches(image_size: tuple[int, ...], patch_size: tuple[int, ...], kernel_size: tuple[int, ...] | None = None) -> int:
+    """Return the number of patches of an image; InputError as of `grid`."""
+    return math.prod(grid(image_size, patch_size, kernel_size))
 
 
-def num_tokens(image_size: tuple[int, ...], patch_size: tuple[int, ...], *, num_prefix_tokens: int = 1) -> int:
-    """Return patches plus prefix tokens (CLS and registers); InputError where the patch does not divide."""
-    return num_patches(image_size, patch_size) + num_prefix_tokens
+def num_tokens(
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    *,
+    kernel_size: tuple[int, ...] | None = None,
+    num_prefix_tokens: int = 1,
+) -> int:
+    """Return patches plus prefix tokens (CLS and registers); InputError as of `grid`."""
+    return num_patches(image_size, patch_size, kernel_size) + num_prefix_tokens
 
 
 def num_params(
@@ -56,6 +73,7 @@ def num_params(
     depth: int,
     mlp_width: int,
     num_classes: int,
+    kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     swiglu: bool = False,
 ) -> int:
@@ -64,8 +82,8 @@ def num_params(
     Equals timm's count for a model with a learned position for every token; num_classes 0 is a model without a head. Layer scale and
     attention pooling are not counted.
     """
-    tokens = num_tokens(image_size, patch_size, num_prefix_tokens=num_prefix_tokens)
-    embedding = (math.prod(patch_size) * in_channels + 1) * width
+    tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
+    embedding = (math.prod(kernel_size or patch_size) * in_channels + 1) * width
     attention = (width + 1) * 3 * width + (width + 1) * width
     mlp = (width + 1) * mlp_width * (1 + swiglu) + (mlp_width + 1) * width
     norm = 2 * width
@@ -82,6 +100,7 @@ def gmacs_forward(
     depth: int,
     mlp_width: int,
     num_classes: int,
+    kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     swiglu: bool = False,
     attention_pool: bool = False,
@@ -91,9 +110,9 @@ def gmacs_forward(
     A block costs N (4 D^2 + 2 D M) in its linear layers, with SwiGLU N (4 D^2 + 3 D M), and 2 N^2 D in attention (scores and weighted
     sum). An attention pool costs keys and values of the patches, one query's attention to them, and one token's MLP.
     """
-    patches = num_patches(image_size, patch_size)
+    patches = num_patches(image_size, patch_size, kernel_size)
     tokens = patches + num_prefix_tokens
-    embedding = patches * math.prod(patch_size) * in_channels * width
+    embedding = patches * math.prod(kernel_size or patch_size) * in_channels * width
     linear = tokens * (4 * width**2 + (2 + swiglu) * width * mlp_width)
     attention = 2 * tokens**2 * width
     pool = patches * (2 * width**2 + 2 * width) + 2 * width**2 + 2 * width * mlp_width if attention_pool else 0
@@ -109,6 +128,7 @@ def activations_per_example(
     depth: int,
     mlp_width: int,
     num_heads: int,
+    kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     keeps_attention: bool = True,
 ) -> int:
@@ -118,7 +138,7 @@ def activations_per_example(
     norm), 2 N M (the MLP before and after GELU) and the attention weights H N^2, unless attention recomputes them
     (keeps_attention=False). Around the blocks: the normalised image and the input and output of the last norm.
     """
-    tokens = num_tokens(image_size, patch_size, num_prefix_tokens=num_prefix_tokens)
+    tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
     weights = num_heads * tokens**2 if keeps_attention else 0
     block = 8 * tokens * width + 2 * tokens * mlp_width + weights
     return math.prod(image_size) * in_channels + depth * block + 2 * tokens * width
@@ -138,6 +158,7 @@ def training_memory(
     num_runs: int = 1,
     runs_at_once: int | None = None,
     bytes_per_activation: int = 4,
+    kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     keeps_attention: bool = True,
 ) -> int:
@@ -148,7 +169,7 @@ def training_memory(
     compiler's temporaries come on top (XLA on CPU took 1.7 to 2.3 times these activations for ViT-Ti at p 4 to 1).
     """
     shape = {"image_size": image_size, "patch_size": patch_size, "in_channels": in_channels, "width": width, "depth": depth}
-    shape |= {"mlp_width": mlp_width, "num_prefix_tokens": num_prefix_tokens}
+    shape |= {"mlp_width": mlp_width, "kernel_size": kernel_size, "num_prefix_tokens": num_prefix_tokens}
     params = num_params(**shape, num_classes=num_classes)
     activations = activations_per_example(**shape, num_heads=num_heads, keeps_attention=keeps_attention)
     parallel = num_runs if runs_at_once is None else min(runs_at_once, num_runs)

@@ -34,7 +34,7 @@ class Experiment:
     config: ml_collections.ConfigDict
     description: sources.Description
     network: networks.Network
-    patch_size: tuple[int, ...]
+    geometry: checks.Geometry
     seeds: tuple[int, ...]
     augmentation: augment.Augmentation
 
@@ -55,15 +55,19 @@ class Experiment:
     @property
     def image_size(self) -> tuple[int, ...]:
         """H, W or D, H, W of what the network sees."""
-        return self.description.image_size
+        return self.geometry.image_size
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """The pixels of a patch."""
+        return self.geometry.patch_size
 
     @property
     def shape(self) -> dict[str, Any]:
         """The model's sizes as `cost` takes them."""
         architecture = self.network.architecture
         return {
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
+            **dataclasses.asdict(self.geometry),
             "in_channels": self.config.model.in_channels,
             "width": architecture.width,
             "depth": architecture.depth,
@@ -86,7 +90,7 @@ class Experiment:
     def load(self) -> sources.Dataset:
         """The data, found or downloaded."""
         data = self.config.data
-        return sources.load(data.name, size=data.size, root=data.root, verify=data.verify)
+        return sources.load(data.name, size=data.size, root=data.root, verify=data.verify, invert=data.invert)
 
 
 def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
@@ -102,8 +106,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
             f"data.name={description.name} is {description.rank}D, this config is for {config.data.rank}D data; use {other}"
         )
     config_lib.one_of("data.placement", config.data.placement, PLACEMENTS)
-    patch_size = config_lib.per_axis("model.patch_size", config.model.patch_size, description.rank)
-    cost.num_patches(description.image_size, patch_size)
+    geometry = checks.geometry(config, description)
     checks.training(config)
     return Experiment(
         config=config,
@@ -111,7 +114,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
         seeds=checks.seeds(config),
         augmentation=checks.augmentation(config, description.image_size),
         network=recorded or networks.of_config(config, description),
-        patch_size=patch_size,
+        geometry=geometry,
     )
 
 
@@ -122,7 +125,7 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     arithmetic = 3 * experiment.gmacs_forward * train.batch_size * runs / GMACS_PER_SECOND
     # An AdamW step reads and writes about eight arrays of the parameters' size.
     memory = 8 * 4 * cost.num_params(**shape) * runs / PARAMETER_BYTES_PER_SECOND
-    image_bytes = math.prod(experiment.image_size) * experiment.description.num_channels
+    image_bytes = math.prod(experiment.description.image_size) * experiment.description.num_channels  # as they are stored
     most = min(CHUNK_SECONDS / (arithmetic + memory), CHUNK_BYTES / (runs * train.batch_size * image_bytes))
     steps_per_epoch = math.ceil(num_examples / train.batch_size)
     chunks = math.ceil(steps_per_epoch / max(1, int(most)))
@@ -140,6 +143,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     model = build.model(
         network.architecture,
         patch_size=experiment.patch_size,
+        kernel_size=experiment.geometry.kernel_size,
         num_classes=description.num_classes,
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
@@ -148,7 +152,9 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     return programs.Recipe(
         init=functools.partial(build.initialise, model, image_size=experiment.image_size, in_channels=config.model.in_channels),
         apply=model.apply,
-        prepare=functools.partial(inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std),
+        prepare=functools.partial(
+            inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std, image_size=experiment.image_size
+        ),
         task=tasks.TASKS[description.task],
         optimizer=optim.adamw(
             learning_rate(experiment, steps_per_epoch=steps_per_epoch),
@@ -188,7 +194,7 @@ def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outco
         "normalisation": {"mean": network.mean, "std": network.std},
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
-        "num_tokens": cost.num_patches(experiment.image_size, experiment.patch_size) + network.architecture.num_prefix_tokens,
+        "num_tokens": cost.num_patches(**dataclasses.asdict(experiment.geometry)) + network.architecture.num_prefix_tokens,
         "num_params": num_params,
         "num_trainable_params": num_params,
         "gmacs_forward": experiment.gmacs_forward,
@@ -265,8 +271,7 @@ def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, A
     return networks.starting_params(
         experiment.network,
         experiment.config,
-        image_size=experiment.image_size,
-        patch_size=experiment.patch_size,
+        **dataclasses.asdict(experiment.geometry),
         num_classes=experiment.description.num_classes,
     )
 
@@ -278,8 +283,7 @@ def write_weights(experiment: Experiment, run_folder: folder.RunFolder, outcome:
             packed = exported.pack(
                 jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
                 architecture=experiment.network.architecture,
-                image_size=experiment.image_size,
-                patch_size=experiment.patch_size,
+                **dataclasses.asdict(experiment.geometry),
                 mean=experiment.network.mean,
                 std=experiment.network.std,
                 seed=seed,

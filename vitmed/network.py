@@ -60,6 +60,7 @@ def of_config(config: ml_collections.ConfigDict, description: sources.Descriptio
     config_lib.one_of("model.pooling", model.pooling, ("auto", *vit.POOLINGS))
     config_lib.one_of("model.inflation", model.inflation, resample.INFLATIONS)
     config_lib.one_of("model.depth_positions", model.depth_positions, resample.DEPTH_POSITIONS)
+    config_lib.one_of("model.position_resize", model.position_resize, resample.POSITION_RESIZES)
     config_lib.one_of("model.dtype", model.dtype, build.DTYPES)
     config_lib.require(0 <= model.drop_path < 1, "model.drop_path", model.drop_path, "from 0 to less than 1")
     channels = description.num_channels
@@ -95,17 +96,25 @@ def _normalisation(config: ml_collections.ConfigDict, name: str, auto: tuple[flo
 
 
 def starting_params(
-    network: Network, config: ml_collections.ConfigDict, *, image_size: tuple[int, ...], patch_size: tuple[int, ...], num_classes: int
+    network: Network,
+    config: ml_collections.ConfigDict,
+    *,
+    image_size: tuple[int, ...],
+    patch_size: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    num_classes: int,
 ) -> tuple[Any, pretrained.Report]:
     """Read the weights, with a fresh classifier, and say on stderr what became of them; InputError where they are damaged."""
     params, report = pretrained.load(
         dataclasses.replace(network.weights, architecture=network.architecture),
         image_size=image_size,
         patch_size=patch_size,
+        kernel_size=kernel_size,
         num_classes=num_classes,
         in_channels=config.model.in_channels,
         inflation=config.model.inflation,
         depth_positions=config.model.depth_positions,
+        position_resize=config.model.position_resize,
     )
     print(f"vitmed: {network.weights.path.name}: {report}", file=sys.stderr)
     return params, report

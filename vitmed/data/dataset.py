@@ -52,6 +52,15 @@ class Dataset:
     md5: str | None
 
 
+def inverted(dataset: Dataset) -> Dataset:
+    """The set with (256 - x) mod 256 for every value x of its images: what 255 * x is in uint8, where the study's code overflows.
+
+    The MD5 stays that of the file.
+    """
+    splits = {name: dataclasses.replace(split, images=np.negative(split.images)) for name, split in dataset.splits.items()}
+    return dataclasses.replace(dataset, splits=splits)
+
+
 def md5_of(file: BinaryIO) -> str:
     """MD5 (hexadecimal) of a whole open file, read in blocks."""
     file.seek(0)

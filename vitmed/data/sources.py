@@ -7,7 +7,7 @@ import types
 
 from vitmed import config
 from vitmed.data import medmnist, phantoms
-from vitmed.data.dataset import Dataset, Description, Split
+from vitmed.data.dataset import Dataset, Description, Split, inverted
 
 __all__ = ["Dataset", "Description", "Split", "describe", "load", "names"]
 
@@ -26,15 +26,14 @@ def describe(name: str, size: int) -> Description:
     return source.describe(name, size)
 
 
-def load(name: str, *, size: int, root: str = "", verify: bool = True) -> Dataset:
+def load(name: str, *, size: int, root: str = "", verify: bool = True, invert: bool = False) -> Dataset:
     """The set in memory, downloaded where no folder holds it; `verify` insists on the official MD5. InputError, MachineError.
 
-    Files are looked for in `root`, $VITMED_DATA and ~/.medmnist; phantoms need neither `root` nor `verify`.
+    Files are looked for in `root`, $VITMED_DATA and ~/.medmnist; phantoms need neither `root` nor `verify`. `invert`: see `inverted`.
     """
     describe(name, size)
-    if name in phantoms.NAMES:
-        return phantoms.load(name, size=size)
-    return medmnist.load(name, size=size, root=root, verify=verify)
+    loaded = phantoms.load(name, size=size) if name in phantoms.NAMES else medmnist.load(name, size=size, root=root, verify=verify)
+    return inverted(loaded) if invert else loaded
 
 
 def _source(name: str) -> types.ModuleType:

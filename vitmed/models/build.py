@@ -83,15 +83,17 @@ def model(
     *,
     patch_size: tuple[int, ...],
     num_classes: int | None,
+    kernel_size: tuple[int, ...] | None = None,
     drop_path: float = 0.0,
     dtype: str = "float32",
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attentions.plain,
 ) -> vit.ViT:
-    """The linen module; the patch size has one entry per axis of the image."""
+    """The linen module; patch and kernel size have one entry per axis of the image, and no kernel size is the patch's."""
     return vit.ViT(
         **dataclasses.asdict(architecture),
         patch_size=patch_size,
         num_classes=num_classes,
+        kernel_size=kernel_size,
         drop_path=drop_path,
         dtype=DTYPES[dtype],
         attention=attention,

@@ -13,12 +13,13 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from vitmed import config
+from vitmed import config, cost
 from vitmed.models import build, tensors
 
 FOLDER, KEY = "weights", "vitmed"
 # What a run says in its metadata, each like this.
 FACTS = {"image_size": [1], "num_heads": 1, "pooling": "", "mean": [0.5], "std": [0.5], "seed": 1, "val_loss": 0.5}
+STRIDE = "patch_size"  # and where its kernel has not the patch's size: at how many pixels it is put
 
 
 def timm_name(path: tuple[str, ...], *, distilled: bool) -> str:
@@ -45,14 +46,16 @@ def pack(
     std: tuple[float, ...],
     seed: int,
     val_loss: float,
+    kernel_size: tuple[int, ...] | None = None,
 ) -> bytes:
     """The .safetensors file of one seed's parameters, with what its tensors do not tell in the metadata."""
+    kernel_size = kernel_size or patch_size
     arrays = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         values = np.asarray(leaf)
         if path == ("patch_embed", "kernel"):
-            channels = values.shape[0] // math.prod(patch_size)
-            values = values.reshape(*patch_size, channels, -1)
+            channels = values.shape[0] // math.prod(kernel_size)
+            values = values.reshape(*kernel_size, channels, -1)
             values = values.transpose(values.ndim - 1, values.ndim - 2, *range(values.ndim - 2))
         elif path[-1] == "kernel":
             values = values.T
@@ -61,6 +64,7 @@ def pack(
         arrays[timm_name(path, distilled=architecture.pooling == "distilled")] = np.ascontiguousarray(values)
     facts = {"image_size": image_size, "num_heads": architecture.num_heads, "pooling": architecture.pooling}
     facts |= {"mean": [float(x) for x in mean], "std": [float(x) for x in std], "seed": int(seed), "val_loss": float(val_loss)}
+    facts |= {STRIDE: patch_size} if kernel_size != patch_size else {}
     # One entry: the library writes several in an order of its own, and the same run would give other bytes.
     return safetensors.numpy.save(arrays, {KEY: json.dumps(facts)})
 
@@ -71,12 +75,20 @@ def facts(metadata: dict[str, str], path: pathlib.Path) -> dict[str, Any] | None
         return None
     try:
         said = json.loads(metadata[KEY])
-        good = all(_alike(said[name], like) for name, like in FACTS.items())
+        good = all(_alike(said[name], like) for name, like in FACTS.items()) and _alike(said.get(STRIDE, [1]), [1])
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise config.InputError(f"{path}: its metadata are broken; take the file anew from the run's folder")
     return said
+
+
+def grid(facts: dict[str, Any], kernel_size: tuple[int, ...], path: pathlib.Path) -> tuple[int, ...]:
+    """The grid of a run's tokens, from what it says of itself; InputError where its kernel cannot lie so."""
+    try:
+        return cost.grid(tuple(facts["image_size"]), tuple(facts.get(STRIDE, kernel_size)), kernel_size)
+    except config.InputError as error:
+        raise config.InputError(f"{path}: its metadata are broken ({error}); take the file anew from the run's folder") from error
 
 
 def _alike(value: Any, like: Any) -> bool:

@@ -6,6 +6,7 @@
 
 import collections
 import dataclasses
+import math
 import pathlib
 import re
 import sys
@@ -51,17 +52,20 @@ def from_pretrained(
     num_classes: int | None = None,
     in_channels: int = 3,
     num_heads: int | None = None,
+    kernel_size: tuple[int, ...] | None = None,
     pooling: str = "auto",
     inflation: str = "average",
     depth_positions: str = "copy",
+    position_resize: str = "bicubic",
 ) -> tuple[vit.ViT, Any]:
     """A model and its float32 parameters from a file, a run's folder or a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k.
 
     The length of `image_size` and `patch_size` is the rank. `num_classes=None` keeps the file's classifier, or gives features [B, D]
     where it has none; a number gives a fresh one of zeros. Call `model.apply({"params": params}, images)` with images [B, *S, C] float32
     that are normalised by `preprocessing(path_or_name)`. `in_channels=1` on RGB weights equals a gray image given to all three.
-    `num_heads` is needed where the file does not tell and width / 64 is wrong. `inflation` and `depth_positions` say how 2D weights come
-    to depth: see `resample`. What was loaded, resized, fresh and ignored is said on stderr. InputError for whatever does not fit.
+    `num_heads` is needed where the file does not tell and width / 64 is wrong. `kernel_size` are the pixels that a token is computed from,
+    the patch's unless given. `inflation` and `depth_positions` say how 2D weights come to depth, `position_resize` how positions come to
+    another grid: see `resample`. What was loaded, resized, fresh and ignored is said on stderr. InputError for whatever does not fit.
     """
     weights = weights_lib.describe(path_or_name, num_heads=num_heads)
     weights = dataclasses.replace(weights, architecture=build.pooled(weights.architecture, pooling))
@@ -71,12 +75,15 @@ def from_pretrained(
         patch_size=tuple(patch_size),
         num_classes=num_classes,
         in_channels=in_channels,
+        kernel_size=kernel_size and tuple(kernel_size),
         inflation=inflation,
         depth_positions=depth_positions,
+        position_resize=position_resize,
     )
     print(f"vitmed: {weights.path.name}: {report}", file=sys.stderr)
     classes = weights.num_classes if num_classes is None else num_classes
-    return build.model(weights.architecture, patch_size=tuple(patch_size), num_classes=classes), params
+    sizes = {"patch_size": tuple(patch_size), "kernel_size": kernel_size and tuple(kernel_size)}
+    return build.model(weights.architecture, **sizes, num_classes=classes), params
 
 
 def load(
@@ -86,20 +93,24 @@ def load(
     patch_size: tuple[int, ...],
     num_classes: int | None,
     in_channels: int,
+    kernel_size: tuple[int, ...] | None = None,
     inflation: str = "average",
     depth_positions: str = "copy",
+    position_resize: str = "bicubic",
 ) -> tuple[Any, Report]:
     """Read the parameters for a model of any patch size and rank (2 or 3), and say what became of each tensor.
 
     Tensors are read, checked and converted one by one, so that little more than the parameters is held. InputError where anything but
     the classifier is missing, has another shape, or is not finite.
     """
-    grid = cost.grid(image_size, patch_size)
+    grid = cost.grid(image_size, patch_size, kernel_size)
+    config.one_of("position_resize", position_resize, resample.POSITION_RESIZES)
+    whole = resample.uncut_grid(image_size, patch_size, kernel_size) if position_resize == "cut" else grid
     if len(image_size) not in (2, 3):
         raise config.InputError(f"image_size {image_size} has {len(image_size)} axes; weights are for 2 or 3")
     keep = num_classes is None
     classes = weights.num_classes if keep else num_classes
-    model = build.model(weights.architecture, patch_size=patch_size, num_classes=classes)
+    model = build.model(weights.architecture, patch_size=patch_size, kernel_size=kernel_size, num_classes=classes)
     init = jax.eval_shape(lambda: build.initialise(model, jax.random.key(0), image_size=image_size, in_channels=in_channels))
     params, used, fresh = {}, [], []
     with tensors.opened(weights.path) as file:
@@ -113,9 +124,10 @@ def load(
             values = _read(weights.path, found, name)
             if name == weights_lib.KERNEL:
                 old = values.transpose(*range(2, values.ndim), 1, 0)
-                values = resample.kernel(old, patch_size=patch_size, in_channels=in_channels, inflation=inflation)
+                values = resample.kernel(old, patch_size=kernel_size or patch_size, in_channels=in_channels, inflation=inflation)
             elif name == weights_lib.POSITIONS:
-                values = _positions(weights, values[0], grid=grid, depth_positions=depth_positions)
+                how = {"depth_positions": depth_positions, "position_resize": position_resize}
+                values = _positions(weights, values[0], grid=whole, num_patches=math.prod(grid), **how)
             else:
                 values = _turned(weights, values, name, leaf.shape)
                 if name == "cls_token" and 0 < weights.num_positions < weights.architecture.num_prefix_tokens:
@@ -126,7 +138,14 @@ def load(
             params[path] = jnp.asarray(values)
             used.append(name)
     ignored = _ignored(weights.path, found, used)
-    resized, inflated = _changes(weights, patch_size=patch_size, grid=grid, inflation=inflation, depth_positions=depth_positions)
+    resized, inflated = _changes(
+        weights,
+        kernel_size=kernel_size or patch_size,
+        grid=whole,
+        inflation=inflation,
+        depth_positions=depth_positions,
+        positions="" if position_resize == "bicubic" else f" linearly, the first {math.prod(grid)} of {math.prod(whole)} taken",
+    )
     report = Report(tuple(used), resized, inflated, tuple(fresh), ignored)
     return traverse_util.unflatten_dict(params), report
 
@@ -149,25 +168,36 @@ def _turned(weights: weights_lib.Weights, values: np.ndarray, name: str, shape: 
     return values.T if values.ndim == 2 and name.endswith(".weight") else values
 
 
-def _positions(weights: weights_lib.Weights, table: np.ndarray, *, grid: tuple[int, ...], depth_positions: str) -> np.ndarray:
-    """A file's table [prefix + N, D] -> the model's, the patches' part resized."""
+def _positions(
+    weights: weights_lib.Weights, table: np.ndarray, *, grid: tuple[int, ...], num_patches: int, depth_positions: str, position_resize: str
+) -> np.ndarray:
+    """A file's table [prefix + N, D] -> the model's, the patches' part resized to a grid of which the model takes the first rows."""
     prefix, patches = np.split(table, [weights.num_positions])
     patches = patches.reshape(*weights.grid, -1)
-    patches = resample.positions(patches, grid=grid, depth_positions=depth_positions)
+    patches = resample.positions(patches, grid=grid, depth_positions=depth_positions, position_resize=position_resize)[:num_patches]
     placed = weights.architecture.num_prefix_tokens and weights.architecture.prefix_positions
     return np.concatenate([prefix, patches]) if placed else patches
 
 
 def _changes(
-    weights: weights_lib.Weights, *, patch_size: tuple[int, ...], grid: tuple[int, ...], inflation: str, depth_positions: str
+    weights: weights_lib.Weights,
+    *,
+    kernel_size: tuple[int, ...],
+    grid: tuple[int, ...],
+    inflation: str,
+    depth_positions: str,
+    positions: str,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What of the patch embedding and the positions was (resized, inflated), in words."""
-    rank, old_rank = len(patch_size), len(weights.patch_size)
+    """What of the patch embedding and the positions was (resized, inflated), in words; `positions`: how, where it is not as usual."""
+    rank, old_rank = len(kernel_size), len(weights.kernel_size)
     common = min(rank, old_rank)
     resized = []
-    for what, old, new in (("patch_embed", weights.patch_size, patch_size), (weights_lib.POSITIONS, weights.grid, grid)):
-        if old[-common:] != new[-common:] or rank < old_rank:
-            resized.append(f"{what} {'x'.join(map(str, old))} -> {'x'.join(map(str, new[-common:]))}")
+    for what, old, new, how in (
+        ("patch_embed", weights.kernel_size, kernel_size, ""),
+        (weights_lib.POSITIONS, weights.grid, grid, positions),
+    ):
+        if old[-common:] != new[-common:] or rank < old_rank or how:
+            resized.append(f"{what} {'x'.join(map(str, old))} -> {'x'.join(map(str, new[-common:]))}{how}")
     inflated = (f"patch_embed ({inflation})", f"{weights_lib.POSITIONS} ({depth_positions})") if rank > old_rank else ()
     return tuple(resized), inflated
 

@@ -6,12 +6,14 @@ matrix of an image is the Kronecker product of its axes' matrices, and so is its
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from vitmed import config
+from vitmed import config, cost
 
 INFLATIONS = ("average", "center")
+POSITION_RESIZES = ("bicubic", "cut")
 DEPTH_POSITIONS = ("copy", "sincos")
 CUBIC_A = -0.5  # Keys' cubic as Pillow, and PyTorch where it antialiases, take it (without antialiasing PyTorch takes -.75)
 
@@ -46,6 +48,15 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
+def linear_matrix(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that resizes a line linearly, not antialiased, as PyTorch's interpolate does (align_corners=False)."""
+    places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    matrix = np.maximum(0.0, 1 - np.abs(places[:, None] - np.arange(old)))
+    matrix.flags.writeable = False
+    return matrix
+
+
+@functools.lru_cache(maxsize=64)
 def _inverse(old: int, new: int) -> np.ndarray:
     matrix = np.linalg.pinv(resize_matrix(old, new))
     matrix.flags.writeable = False
@@ -68,12 +79,24 @@ def resize_kernel(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return kernel
 
 
-def resize_positions(table: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """A position table [*G, D] for another grid, bicubically and antialiased along every axis."""
+def resize_positions(table: np.ndarray, grid: tuple[int, ...], *, matrix: Callable[[int, int], np.ndarray] = resize_matrix) -> np.ndarray:
+    """A position table [*G, D] for another grid, along every axis by `matrix`: bicubically and antialiased unless told otherwise."""
     for axis, new in enumerate(grid):
         if table.shape[axis] != new:
-            table = _along(resize_matrix(table.shape[axis], new), table, axis)
+            table = _along(matrix(table.shape[axis], new), table, axis)
     return table
+
+
+def uncut_grid(image_size: tuple[int, ...], patch_size: tuple[int, ...], kernel_size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The grid of as many whole patches as fit, whose first positions `cut` takes; InputError where there are more tokens than that."""
+    tokens = cost.num_patches(image_size, patch_size, kernel_size)
+    grid = tuple(size // patch for size, patch in zip(image_size, patch_size, strict=True))
+    if math.prod(grid) < tokens:
+        raise config.InputError(
+            f"position_resize=cut: {tokens} tokens, but patches of {patch_size} make only {math.prod(grid)} positions on {image_size}; "
+            "take bicubic, or a patch that divides the image"
+        )
+    return grid
 
 
 def inflate_kernel(kernel: np.ndarray, depth: int, inflation: str) -> np.ndarray:
@@ -150,13 +173,19 @@ def kernel(weights: np.ndarray, *, patch_size: tuple[int, ...], in_channels: int
     return weights.reshape(-1, weights.shape[-1])
 
 
-def positions(table: np.ndarray, *, grid: tuple[int, ...], depth_positions: str) -> np.ndarray:
-    """Any table [*G, D], 2D or 3D, as the flat float32 [N, D] of any grid."""
+def positions(table: np.ndarray, *, grid: tuple[int, ...], depth_positions: str, position_resize: str = "bicubic") -> np.ndarray:
+    """Any table [*G, D], 2D or 3D, as the flat float32 [N, D] of any grid.
+
+    `bicubic` is antialiased; `cut` is how the study's released code resizes: linearly, not antialiased, to the grid of whole patches
+    (`uncut_grid`), of which a model with fewer tokens then takes the first rows, wherever in the image its tokens are.
+    """
+    config.one_of("position_resize", position_resize, POSITION_RESIZES)
+    matrix = linear_matrix if position_resize == "cut" else resize_matrix
     table = table.astype(np.float64)
     old_rank, rank = table.ndim - 1, len(grid)
     if old_rank > rank:
         table = flatten_positions(table)
-    table = resize_positions(table, grid[-2:] if old_rank < rank else grid)
+    table = resize_positions(table, grid[-2:] if old_rank < rank else grid, matrix=matrix)
     if old_rank < rank:
         table = inflate_positions(table, grid[0], depth_positions)
     return table.astype(np.float32).reshape(-1, table.shape[-1])

@@ -1,7 +1,8 @@
 """The Vision Transformer for images of any rank: patches become tokens, and from there 2D and 3D are the same program.
 
 Shapes: `B` batch, `*S` spatial (H, W or D, H, W), `*G` the grid of patches, `P` pixels of a patch, `C` channels, `N` tokens, `D` width.
-The patch kernel is kept flat, [P * C, D] with the patch's axes in the order of the image's, and positions as [1 + N, D] with CLS first:
+The patch kernel is kept flat, [P * C, D] with the patch's axes in the order of the image's ([K * C, D] for a kernel of `K` pixels that is
+larger or smaller than the patch, its stride), and positions as [1 + N, D] with CLS first:
 a 2D model and a 3D model of depth 1 therefore have the very same parameters. Prefix tokens (CLS, then registers) precede the patches'.
 """
 
@@ -37,29 +38,47 @@ def _uniform_by_fan_in(fan_in: int) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def convolve(images: jax.Array, kernel: jax.Array, *, stride: tuple[int, ...]) -> jax.Array:
+    """[B, *S, C] with a kernel [*K, C, D] at every `stride` pixels, unpadded -> [B, N, D], row-major order of the grid."""
+    rank = len(stride)
+    if images.ndim != rank + 2 or any(size < pixels for size, pixels in zip(images.shape[1:-1], kernel.shape[:rank], strict=True)):
+        raise ValueError(f"images of shape {tuple(images.shape)} cannot be cut by kernels of {kernel.shape[:rank]}: no axis may be smaller")
+    places = (0, rank + 1, *range(1, rank + 1))
+    numbers = jax.lax.ConvDimensionNumbers(places, (rank + 1, rank, *range(rank)), places)
+    tokens = jax.lax.conv_general_dilated(images, kernel, window_strides=stride, padding="VALID", dimension_numbers=numbers)
+    return tokens.reshape(len(images), -1, kernel.shape[-1])
+
+
 class PatchEmbed(nn.Module):
-    """One matrix product per patch; equal to a convolution whose stride is its kernel, and faster nearly everywhere."""
+    """One matrix product per patch; equal to a convolution whose stride is its kernel, and faster nearly everywhere.
+
+    A kernel of another size than the patch sees the pixels of its neighbours too, or leaves some out: then it is a convolution.
+    """
 
     patch_size: tuple[int, ...]
     width: int
     dtype: Any = jnp.float32
+    kernel_size: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, *S, C] -> [B, N, D]."""
-        patches = patchify(images, self.patch_size)
-        init = _uniform_by_fan_in(patches.shape[-1])
-        kernel = self.param("kernel", init, (patches.shape[-1], self.width))
-        bias = self.param("bias", init, (self.width,))
-        return patches.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        pixels, channels = self.kernel_size or self.patch_size, images.shape[-1]
+        fan_in = math.prod(pixels) * channels
+        init = _uniform_by_fan_in(fan_in)
+        kernel = self.param("kernel", init, (fan_in, self.width)).astype(self.dtype)
+        bias = self.param("bias", init, (self.width,)).astype(self.dtype)
+        if pixels == self.patch_size:
+            return patchify(images, self.patch_size).astype(self.dtype) @ kernel + bias
+        return convolve(images.astype(self.dtype), kernel.reshape(*pixels, channels, -1), stride=self.patch_size) + bias
 
 
 class ViT(nn.Module):
     """A ViT classifier of any rank: `model.apply({"params": params}, images)` -> logits [B, num_classes] in float32.
 
-    Images are [B, *S, C] float32, already normalised. `num_classes=None` returns the pooled features [B, D] instead. `drop_path` rises
-    linearly over depth to this rate. The other fields are those of `build.Architecture`, which says what they mean. Fresh parameters are
-    drawn as timm draws them.
+    Images are [B, *S, C] float32, already normalised. `num_classes=None` returns the pooled features [B, D] instead. `kernel_size` are the
+    pixels that a token is computed from, None for the patch's. `drop_path` rises linearly over depth to this rate. The other fields are
+    those of `build.Architecture`, which says what they mean. Fresh parameters are drawn as timm draws them.
     """
 
     patch_size: tuple[int, ...]
@@ -68,6 +87,7 @@ class ViT(nn.Module):
     num_heads: int
     mlp_width: int
     num_classes: int | None
+    kernel_size: tuple[int, ...] | None = None
     class_token: bool = True
     num_registers: int = 0
     prefix_positions: bool = True
@@ -108,7 +128,7 @@ class ViT(nn.Module):
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """[B, *S, C] -> [B, prefix + N, D], positions added."""
-        tokens = PatchEmbed(self.patch_size, self.width, self.dtype, name="patch_embed")(images)
+        tokens = PatchEmbed(self.patch_size, self.width, self.dtype, self.kernel_size, name="patch_embed")(images)
         B, N, D = tokens.shape
         placed = N + self.num_prefix_tokens * self.prefix_positions  # tokens that have a position
         if self.has_variable("params", "pos_embed") and (known := self.get_variable("params", "pos_embed").shape[0]) != placed:

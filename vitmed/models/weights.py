@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 
-from vitmed import config, cost
+from vitmed import config
 from vitmed.models import build, exported, hub, names, tensors
 
 KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
@@ -16,11 +16,15 @@ KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a file holds, by its names and shapes. `num_positions` counts what stands before the patches in its position table."""
+    """What a file holds, by its names and shapes.
+
+    `kernel_size` are the pixels that a token is computed from, which are those of a patch save in some runs of ours, whose `grid` tells.
+    `num_positions` counts what stands before the patches in its position table.
+    """
 
     path: pathlib.Path
     architecture: build.Architecture
-    patch_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
     grid: tuple[int, ...]
     num_positions: int
     in_channels: int
@@ -52,14 +56,15 @@ def describe(path_or_name: str, *, num_heads: int | None = None, expected: build
     kernel = found[KERNEL].shape
     if len(kernel) not in (4, 5):
         raise config.InputError(f"{path}: {KERNEL} has shape {list(kernel)}; expected [width, channels, height, width] or one axis more")
-    width, in_channels, *patch_size = kernel
+    width, in_channels, *kernel_size = kernel
     if expected is not None:
         _check_sizes(path, width, _depth(found), expected)
         num_heads = expected.num_heads
     architecture = _architecture(path, found, _num_heads(path, width, known=known_heads, given=num_heads))
     if own and own["pooling"] in ("cls", "mean"):  # both have the same tensors
         architecture = dataclasses.replace(architecture, pooling=own["pooling"])
-    grid, num_positions = _grid(path, found[POSITIONS].shape, architecture, own["image_size"] if own else None, patch_size)
+    known_grid = exported.grid(own, tuple(kernel_size), path) if own else None
+    grid, num_positions = _grid(path, found[POSITIONS].shape, architecture, known_grid, len(kernel_size))
     if architecture.num_prefix_tokens:
         architecture = dataclasses.replace(architecture, prefix_positions=num_positions == architecture.num_prefix_tokens)
     head = found.get("head.weight")
@@ -67,7 +72,7 @@ def describe(path_or_name: str, *, num_heads: int | None = None, expected: build
     return Weights(
         path=path,
         architecture=architecture,
-        patch_size=tuple(patch_size),
+        kernel_size=tuple(kernel_size),
         grid=grid,
         num_positions=num_positions,
         in_channels=in_channels,
@@ -127,18 +132,21 @@ def _grid(
     path: pathlib.Path,
     table: tuple[int, ...],
     architecture: build.Architecture,
-    image_size: list[int] | None,
-    patch_size: list[int],
+    known: tuple[int, ...] | None,
+    rank: int,
 ) -> tuple[tuple[int, ...], int]:
-    """The grid of a position table [1, N, D], and how many positions stand before it: one for each prefix token, for CLS alone, or none."""
+    """The grid of a position table [1, N, D], and how many positions stand before it: one for each prefix token, for CLS alone, or none.
+
+    Where it is not `known` it has equal sides.
+    """
     if len(table) != 3 or table[0] != 1 or table[2] != architecture.width:
         raise config.InputError(f"{path}: {POSITIONS} has shape {list(table)}; expected [1, tokens, {architecture.width}]")
-    rank, prefix = len(patch_size), architecture.num_prefix_tokens
+    prefix = architecture.num_prefix_tokens
     registers = architecture.num_registers and architecture.pooling != "distilled"
     for before in (0, 1, prefix) if registers else (prefix, 0):
         count = table[1] - before
         equal = (round(max(count, 0) ** (1 / rank)),) * rank
-        grid = cost.grid(tuple(image_size), tuple(patch_size)) if image_size else equal
+        grid = known or equal
         if count > 0 and math.prod(grid) == count:
             return grid, before
     raise config.InputError(f"{path}: {POSITIONS} has {table[1]} positions, which with {prefix} prefix tokens make no grid of equal sides")

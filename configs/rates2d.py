@@ -1,0 +1,34 @@
+"""Does one learning rate undertrain some patch sizes? The study's recipe in 2D at three rates and every patch size.
+
+    python -m vitmed.main --config=configs/rates2d.py:dataset=breastmnist,patch=7,rate=3e-5 --workdir=runs/breast_p7_rate3e-5
+    python -m vitmed.main --config=configs/rates2d.py --sweep --workdir=runs/rates2d
+
+Arguments: those of vit2d.py, and rate: the learning rate that the schedule begins with (the study's is 1e-4). The rate of a patch size is
+chosen by its validation loss; the last training loss, in metrics.jsonl, says whether it was trained to the end at all.
+"""
+
+import pathlib
+
+import ml_collections
+
+from vitmed import config as config_lib
+
+DATASETS = ("breastmnist",)
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of one run; see the module's docstring for the arguments."""
+    defaults = {"dataset": "breastmnist", "patch": (7,), "variant": "vit_ti", "size": 28, "pretrained": "default"}
+    given = config_lib.arguments(arg, **defaults, rate=1e-4)
+    rate = given.pop("rate")
+    given["patch"] = config_lib.patch_text(given["patch"])
+    recipe = pathlib.Path(__file__).with_name("vit2d.py")
+    config = config_lib.load(f"{recipe}:{','.join(f'{key}={value}' for key, value in given.items())}")
+    config.train.learning_rate = rate
+    return config
+
+
+def sweep() -> list[dict[str, str]]:
+    """Three rates at the study's patch sizes."""
+    patches, rates = (28, 14, 7, 4, 2, 1), ("1e-5", "3e-5", "1e-4")
+    return [{"dataset": dataset, "patch": str(patch), "rate": rate} for dataset in DATASETS for patch in patches for rate in rates]
