@@ -271,7 +271,7 @@ def test_a_sweep_runs_every_point_and_names_the_failed(two_points, tmp_path, cap
     assert call(main, f"--config={two_points}", "--sweep", f"--workdir={root}") == 1
     out, errors = capfd.readouterr()
     assert "phantom2d (synthetic)" in out
-    assert "failed, or with failed seeds: phantom2d-patch14-rate1e_38" in errors
+    assert "vitmed: phantom2d-patch14-rate1e_38: failed seeds 0, 1\nvitmed: 1 of 2 points failed, or have failed seeds\n" in errors
     results = {path.name: json.loads((path / "result.json").read_text()) for path in root.iterdir()}
     assert results["phantom2d-patch28-rate0.001"]["failed_seeds"] == []
     assert results["phantom2d-patch14-rate1e_38"]["failed_seeds"] == [0, 1]

@@ -15,6 +15,7 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
+TOP = {"experiment", "forecast", "sweep"}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -29,10 +30,12 @@ MAY_IMPORT = {
     "checks": BELOW,
     "network": BELOW,
     "experiment": BELOW | {"checks", "network"},
-    **dict.fromkeys(CLIS, BELOW | CLIS | {"experiment"}),
+    "forecast": BELOW | {"network", "experiment"},
+    "sweep": BELOW | {"experiment", "forecast"},
+    **dict.fromkeys(CLIS, BELOW | CLIS | TOP),
     "configs": LEAVES,
-    "launch": BELOW | CLIS | {"experiment"},
-    "benchmarks": BELOW | CLIS | {"experiment"},
+    "launch": BELOW | CLIS | TOP,
+    "benchmarks": BELOW | CLIS | TOP,
     "__init__": set(),
 }
 # Top-level packages of ours that stand beside `vitmed`, and who may import them.
@@ -41,7 +44,7 @@ TORCH = {"torch", "torchvision", "medmnist"}  # importing medmnist imports torch
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FORBIDDEN = {"data": DEVICE, "study": DEVICE, "models": {"optax", "grain", "orbax"}}
 ONLY_THESE = {"metrics": {"numpy"}, "cost": set(), "npz": {"numpy"}}  # besides the standard library
-SEE_CONFIG_DICTS = CLIS | {"experiment", "checks", "network", "config", "configs"}
+SEE_CONFIG_DICTS = CLIS | {"experiment", "forecast", "checks", "network", "config", "configs"}
 LOOP = "vitmed/training/loop.py"
 BAD_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 LONGEST = {"tests": 500}

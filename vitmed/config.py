@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import ml_collections
 
 EXIT_OF_SIGNAL = {signal.SIGTERM: 75, signal.SIGINT: 130}
+LAST_WORDS = "VITMED_LAST_WORDS"  # in the environment of a sweep's point: the open file in which the sweep looks for its complaint
 
 
 class InputError(ValueError):
@@ -291,5 +292,8 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _complain(message: object, status: int) -> int:
-    print(f"vitmed: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())
+    print(f"vitmed: {line}", file=sys.stderr)
+    with contextlib.suppress(KeyError, ValueError, OSError):
+        os.write(int(os.environ[LAST_WORDS]), line.encode())
     return status

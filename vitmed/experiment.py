@@ -22,8 +22,8 @@ from vitmed.training import augment, loop, optim, programs, sharding, tasks
 
 PLACEMENTS = ("auto", "device", "host")
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
-# estimated from these rates, never measured: chunk boundaries must follow from the config alone.
-CHUNK_SECONDS, GMACS_PER_SECOND, PARAMETER_BYTES_PER_SECOND = 5.0, 50.0, 5e9
+# estimated, never measured: chunk boundaries must follow from the config alone.
+CHUNK_SECONDS = 5.0
 CHUNK_BYTES = 2**28  # of streamed images
 
 
@@ -41,12 +41,10 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices; InputError where they do not suffice or a batch does not divide over them. The first use takes hold of them."""
-        config, data = self.config, self.config.mesh.data
+        config = self.config
         config_lib.require(config.mesh.sequence == 1, "mesh.sequence", config.mesh.sequence, "1: this version splits no image's tokens")
-        if data == -1:  # as many of the devices that fsdp leaves as divide the batches, so that the defaults run on any number of them
-            left = max(1, jax.device_count() // max(1, config.mesh.fsdp))
-            both = math.gcd(config.train.batch_size, config.eval.batch_size) // max(1, config.mesh.fsdp)
-            data = next((number for number in range(left, 0, -1) if both % number == 0), 1)
+        batch_sizes = (config.train.batch_size, config.eval.batch_size)
+        data = sharding.data_parts(jax.device_count(), data=config.mesh.data, fsdp=config.mesh.fsdp, batch_sizes=batch_sizes)
         mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
         sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
         sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
@@ -78,9 +76,20 @@ class Experiment:
         }
 
     @property
+    def num_tokens(self) -> int:
+        """Patches, CLS and registers."""
+        return cost.num_patches(**dataclasses.asdict(self.geometry)) + self.network.architecture.num_prefix_tokens
+
+    @property
     def gmacs_forward(self) -> float:
         """1e9 multiply-accumulates of one image's forward pass."""
         return cost.gmacs_forward(**self.shape, attention_pool=self.network.architecture.pooling == "map")
+
+    @property
+    def step_seconds(self) -> float:
+        """Roughly what a training step of all runs takes, by arithmetic."""
+        sizes = {"num_params": cost.num_params(**self.shape), "batch_size": self.config.train.batch_size}
+        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), **sizes)
 
     @property
     def label(self) -> str:
@@ -120,13 +129,9 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
 
 def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     """The training's steps and chunks, from the config and the number of training examples."""
-    train = experiment.config.train
-    runs, shape = len(experiment.seeds), experiment.shape
-    arithmetic = 3 * experiment.gmacs_forward * train.batch_size * runs / GMACS_PER_SECOND
-    # An AdamW step reads and writes about eight arrays of the parameters' size.
-    memory = 8 * 4 * cost.num_params(**shape) * runs / PARAMETER_BYTES_PER_SECOND
+    train, runs = experiment.config.train, len(experiment.seeds)
     image_bytes = math.prod(experiment.description.image_size) * experiment.description.num_channels  # as they are stored
-    most = min(CHUNK_SECONDS / (arithmetic + memory), CHUNK_BYTES / (runs * train.batch_size * image_bytes))
+    most = min(CHUNK_SECONDS / experiment.step_seconds, CHUNK_BYTES / (runs * train.batch_size * image_bytes))
     steps_per_epoch = math.ceil(num_examples / train.batch_size)
     chunks = math.ceil(steps_per_epoch / max(1, int(most)))
     return pipeline.Plan(
@@ -194,7 +199,7 @@ def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outco
         "normalisation": {"mean": network.mean, "std": network.std},
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
-        "num_tokens": cost.num_patches(**dataclasses.asdict(experiment.geometry)) + network.architecture.num_prefix_tokens,
+        "num_tokens": experiment.num_tokens,
         "num_params": num_params,
         "num_trainable_params": num_params,
         "gmacs_forward": experiment.gmacs_forward,

@@ -2,7 +2,7 @@
 
 A folder belongs to one configuration: a run with another one is refused before anything is written. Files:
 config.json, model.json (the network, and what became of pretrained weights), metrics.jsonl (a line per epoch), checkpoints/,
-predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json.
+predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json, and failure.json where a sweep's point failed.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
@@ -90,6 +90,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result.json"
+        self.failure = self.path / "failure.json"
 
     def predictions(self, split: str) -> pathlib.Path:
         """Return where the predictions of a split lie."""
@@ -202,6 +203,19 @@ class RunFolder:
         if fault := _result_fault(ready):
             raise ValueError(f"the result does not match runs/result.schema.json: {fault}")
         files.write_whole(self.result, files.json_bytes(ready))
+        self.failure.unlink(missing_ok=True)
+
+    def write_failure(self, record: Mapping[str, Any]) -> None:
+        """Write why the run could not be finished; a result removes it."""
+        files.make_folder(self.path)
+        files.write_whole(self.failure, files.json_bytes(record))
+
+    def read_failure(self) -> dict[str, Any] | None:
+        """Return what write_failure wrote, None if the run has not failed; InputError if it is broken."""
+        try:
+            return files.parse_json(files.read(self.failure), where=str(self.failure))
+        except FileNotFoundError:
+            return None
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result, None if there is none; InputError if it is broken, does not match or is of a newer schema."""

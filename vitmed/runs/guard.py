@@ -4,6 +4,7 @@ The lock is the kernel's (flock): it goes with the process that holds it, howeve
 """
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -23,6 +24,7 @@ from vitmed import config
 LOCK_NAME = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # EACCES: NFS, which makes flock a POSIX lock
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextlib.contextmanager
@@ -79,6 +81,12 @@ def _holder(descriptor: int) -> str:
         return f"process {signed['pid']} on {signed['host']} since {signed['started']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def end_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when the one that started it dies, even by SIGKILL; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Signals:

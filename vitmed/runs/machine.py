@@ -3,16 +3,24 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import resource
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 
 from vitmed import config
 
+# What `device_apart` runs; XLA is told not to take the device's memory for itself.
+ASK = "import json; from vitmed.runs import machine; print(json.dumps(machine.device()))"
+WITHOUT_PREALLOCATION = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+CGROUPS = pathlib.Path("/sys/fs/cgroup")
 PACKAGES = ("vitmed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -30,6 +38,49 @@ def device_name(devices: Iterable[jax.Device]) -> str:
     first, *others = devices
     kind = f"cpu ({platform.machine()})" if first.platform == "cpu" else first.device_kind
     return f"{kind} x {1 + len(others)}" if others else kind
+
+
+class Device(NamedTuple):
+    """What a run computes on: JAX's platform, a name, how many devices, and the bytes that each may use (None: it does not tell)."""
+
+    platform: str
+    name: str
+    count: int
+    memory_bytes: int | None
+
+
+def device() -> Device:
+    """The devices of this process, which takes hold of them."""
+    devices = jax.local_devices()
+    platform_name, count = devices[0].platform, jax.device_count()
+    # On a CPU they share the machine's memory.
+    memory = host_memory_bytes() // len(devices) if platform_name == "cpu" else (devices[0].memory_stats() or {}).get("bytes_limit")
+    return Device(platform_name, device_name(devices), count, memory)
+
+
+def device_apart() -> Device | None:
+    """The devices that a process would have, asked of one of its own, so that they stay free for others; None where that fails."""
+    environment = os.environ | WITHOUT_PREALLOCATION
+    asked = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=False)
+    try:
+        return Device(*json.loads(asked.stdout.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        return None
+
+
+def host_memory_bytes(cgroups: pathlib.Path = CGROUPS, membership: pathlib.Path = pathlib.Path("/proc/self/cgroup")) -> int:
+    """The machine's memory, or what its control groups (of a container, of a batch job) leave to this process where that is less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        paths = [line.split(":", 2)[2].strip("/") for line in membership.read_text().splitlines()]
+    except (OSError, IndexError):
+        paths = []
+    for path in {pathlib.PurePosixPath(path) for path in (".", *paths)}:
+        for parent in (path, *path.parents):
+            for file in (cgroups / parent / "memory.max", cgroups / "memory" / parent / "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    limits.append(int(file.read_text()))
+    return min(limits)
 
 
 def versions() -> dict[str, str]:

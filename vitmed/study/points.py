@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitmed import config
@@ -39,6 +39,61 @@ def of_sweep(module: Any) -> list[Point]:
         fault = f"has several points named {', '.join(twice)}" if twice else "is empty"
         raise config.InputError(f"{module.__file__}: sweep() {fault}; every point needs arguments of its own")
     return points
+
+
+def selected(points: Sequence[Point], expression: str) -> list[Point]:
+    """The points that an expression such as dataset=breastmnist,patch=7|4 keeps; InputError for a key or value that keeps none."""
+    wanted = _parsed(expression, {key: None for point in points for key in point.arguments})
+    for key, values in wanted.items():
+        # First among all points, then among those that the other keys leave, so that every value named keeps at least one point.
+        others = {other: allowed for other, allowed in wanted.items() if other != key}
+        for among in (points, [point for point in points if _matches(point, others)]):
+            there = list(dict.fromkeys(point.arguments[key] for point in among if key in point.arguments))
+            for value in values:
+                if value not in there:
+                    advice = config.nearest(value, there) if there else "the other keys leave no point that has it"
+                    where = "" if among is points else f" beside {','.join(_text(other, given) for other, given in others.items())}"
+                    raise config.InputError(f"--points={expression}: no point has {key}={value}{where}; {advice}")
+    return [point for point in points if _matches(point, wanted)]
+
+
+def expression_of(kept: Sequence[Point], points: Sequence[Point]) -> str | None:
+    """What `selected` would need to keep just these of all points; None where no expression does."""
+    keys = list(dict.fromkeys(key for point in points for key in point.arguments))
+    values = {key: list(dict.fromkeys(point.arguments[key] for point in kept if key in point.arguments)) for key in keys}
+    wanted = {key: of_kept for key, of_kept in values.items() if of_kept}
+
+    def keeps(wanted: Mapping[str, Sequence[str]]) -> bool:
+        return [point for point in points if _matches(point, wanted)] == list(kept)
+
+    if not kept or not keeps(wanted):
+        return None
+    for key in keys:  # those that decide nothing are left out
+        fewer = {other: of_kept for other, of_kept in wanted.items() if other != key}
+        wanted = fewer if fewer and keeps(fewer) else wanted
+    return ",".join(_text(key, of_kept) for key, of_kept in wanted.items())
+
+
+def _parsed(expression: str, keys: Iterable[str]) -> dict[str, list[str]]:
+    """The values that an expression allows, by key; InputError where it is none."""
+    keys = list(keys)
+    wanted: dict[str, list[str]] = {}
+    for item in expression.split(","):
+        key, separator, values = item.partition("=")
+        if key not in keys:
+            raise config.InputError(f"--points={expression}: the sweep's points have no {key!r}; {config.nearest(key, keys)}")
+        if not separator or "" in values.split("|") or key in wanted:
+            raise config.InputError(f"--points={expression}: write every key once, with its values: {key}=VALUE, or {key}=VALUE|VALUE")
+        wanted[key] = values.split("|")
+    return wanted
+
+
+def _matches(point: Point, wanted: Mapping[str, Sequence[str]]) -> bool:
+    return all(point.arguments.get(key) in values for key, values in wanted.items())
+
+
+def _text(key: str, values: Sequence[str]) -> str:
+    return f"{key}={'|'.join(values)}"
 
 
 def varied(configs: Sequence[Mapping[str, Any]]) -> set[str]:

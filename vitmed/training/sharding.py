@@ -4,6 +4,7 @@ Everything is jitted over global arrays with `NamedSharding`s; models and steps 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,6 +34,15 @@ def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) 
     shape = (data, fsdp)
     # Auto axes: XLA's partitioner places what is inside; Explicit ones (the default) refuse dropout and concatenation in linen.
     return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=np.array(devices[: math.prod(shape)]))
+
+
+def data_parts(num_devices: int, *, data: int, fsdp: int, batch_sizes: Sequence[int]) -> int:
+    """`data`; for -1 as many of the devices that fsdp leaves as divide all batches, so that the defaults run on any number of them."""
+    if data != -1:
+        return data
+    fsdp = max(1, fsdp)
+    most, common = max(1, num_devices // fsdp), math.gcd(*batch_sizes) // fsdp
+    return next((number for number in range(most, 0, -1) if common % number == 0), 1)
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:

@@ -1,0 +1,124 @@
+"""What runs are said to cost, against devices of made-up sizes and against a program that is compiled here."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from vitmed import config, cost, experiment, forecast
+from vitmed.runs import machine
+from vitmed.training import programs
+
+ROOT = pathlib.Path(__file__).parent.parent
+CPU = machine.Device("cpu", "cpu (made up)", 1, 16 * 10**9)
+GPU = machine.Device("gpu", "NVIDIA of a test", 1, 16 * 10**9)
+
+
+def planned(argument: str, *, file: str = "vit2d", **overrides: str) -> experiment.Experiment:
+    given = {name.replace("__", "."): value for name, value in overrides.items()}
+    return forecast.outline(config.load(f"{ROOT}/configs/{file}.py:{argument}", given))
+
+
+def test_the_estimate_is_near_what_the_compiler_takes(monkeypatch):
+    """Of the step: on a CPU the process, the checkpoint's copies and the data come on top, which the compiler does not know."""
+    compiled = []
+
+    def remembered(self, *arguments, real=jax.stages.Lowered.compile, **named):
+        compiled.append(real(self, *arguments, **named))
+        return compiled[-1]
+
+    plan = planned("dataset=phantom3d,patch=7,variant=vit_micro", file="vit3d", train__batch_size="32", eval__batch_size="1")
+    batches = {"mask": np.ones((3, 1, 32), bool), "indices": np.zeros((3, 1, 32), np.int32)}
+    resident = {"images": jax.ShapeDtypeStruct((600, 28, 28, 28, 1), np.uint8), "labels": jax.ShapeDtypeStruct((600, 1), np.int32)}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", remembered)
+    recipe = experiment.recipe(plan, steps_per_epoch=1)
+    programs.compile_chunk(recipe, batches, resident)
+    analysis = compiled[0].memory_analysis()
+    params = 4 * cost.num_params(**plan.shape)
+    taken = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + 3 * params  # and the best parameters
+    least, likely = forecast.memory(plan, CPU)
+    besides = forecast.PROCESS_BYTES + forecast.CHECKPOINT_COPIES * forecast.COPIES_OF_PARAMETERS * 3 * params + 900 * 28**3
+    assert likely - besides == pytest.approx(taken, rel=0.15)
+    assert least < 0.8 * taken
+
+
+def test_more_seeds_devices_and_data_change_memory_as_they_must():
+    one, three = (planned("patch=4", seeds=seeds) for seeds in ("0", "0,1,2"))
+    assert forecast.memory(three, GPU).likely > 2.9 * forecast.memory(one, GPU).likely  # computed at once
+    assert forecast.memory(three, CPU).least < 2.9 * forecast.memory(one, CPU).least  # one after another
+    assert forecast.memory(one, GPU._replace(count=8)).least < forecast.memory(one, GPU).least  # the batch is split
+    sharded = planned("patch=4", seeds="0", mesh__fsdp="4")
+    assert forecast.memory(sharded, GPU._replace(count=4)).least < 0.5 * forecast.memory(one, GPU).least
+    path, streamed = (planned("dataset=pathmnist,patch=4", data__placement=where) for where in ("device", "host"))
+    assert forecast.memory(path, GPU).least - forecast.memory(streamed, GPU).least == 89_996 * 28 * 28 * 3
+
+
+def test_what_cannot_fit_is_refused_with_its_numbers_and_the_remedy():
+    volume = planned("patch=1", file="vit3d")
+    with pytest.raises(config.InputError) as raised:
+        forecast.require_fit(volume, CPU)
+    words = ["fracturemnist3d patch 1: ", "581.8 GB", "cpu (made up) has 16.0 GB", "not even train.batch_size=1 fits", "larger patch"]
+    assert all(word in str(raised.value) for word in words), raised.value
+    image = planned("patch=1", train__batch_size="512")
+    with pytest.raises(config.InputError, match=r"lower train.batch_size \(it is 512\)"):
+        forecast.require_fit(image, CPU)
+    forecast.require_fit(volume, CPU._replace(memory_bytes=None))  # a device that does not tell
+
+
+def test_what_may_not_fit_is_said_and_not_refused(capsys):
+    between = planned("patch=1", seeds="0")
+    least, likely = forecast.memory(between, CPU)
+    forecast.require_fit(between, CPU._replace(memory_bytes=(least + likely) // 2))
+    line = capsys.readouterr().err
+    assert line.startswith("vitmed: breastmnist patch 1 may not fit: it is likely to take ")
+    forecast.require_fit(between, CPU._replace(memory_bytes=likely))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_outline_needs_no_weights(monkeypatch):
+    monkeypatch.setenv("VITMED_WEIGHTS", "/no/such/folder")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    outlined = planned("patch=7,pretrained=no/such.weights")
+    assert outlined.network.architecture.width == 192
+    assert outlined.gmacs_forward == planned("patch=7,pretrained=").gmacs_forward
+
+
+def test_the_time_left_follows_the_arithmetic_of_what_is_left():
+    results = [{"train_seconds": 10.0, "compile_seconds": 4.0}, {"train_seconds": 30.0, "compile_seconds": 2.0}]
+    assert forecast.seconds_left([], [1.0]) is None
+    assert forecast.seconds_left(list(zip((1.0, 3.0), results, strict=True)), [2.0, 5.0]) == pytest.approx(10 * 7 + 2 * 3)
+    seconds = [forecast.seconds(planned(f"patch={patch}")) for patch in (28, 7, 4, 2, 1)]
+    assert seconds == sorted(seconds)
+    assert forecast.seconds(planned("patch=4", train__epochs="200")) == pytest.approx(2 * seconds[2], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (45, "45 s"), (60, "1 min"), (4800, "1 h 20 min"), (3605, "1 h"), (100000, "1 d 3 h"), (3599.7, "1 h")],
+)
+def test_durations_as_people_say_them(seconds, text):
+    assert forecast.duration_text(seconds) == text
+
+
+def test_memory_is_the_machines_or_what_its_control_groups_leave(tmp_path):
+    whole = machine.host_memory_bytes(tmp_path, tmp_path / "absent")
+    assert whole > 10**8
+    membership = tmp_path / "cgroup"
+    for line, file, text, expected in (
+        ("0::/job/step\n", "job/memory.max", "5000000\n", 5000000),
+        ("0::/job/step\n", "job/step/memory.max", "max\n", 5000000),  # the tighter of its parents' counts
+        ("0::/\n", "memory.max", "4000000\n", 4000000),
+        ("9:memory:/batch\n", "memory/batch/memory.limit_in_bytes", "3000000\n", 3000000),
+        ("9:memory:/batch\n", "memory/memory.limit_in_bytes", f"{2**63}\n", 3000000),  # no limit
+    ):
+        membership.write_text(line)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+        assert machine.host_memory_bytes(tmp_path, membership) == expected, file
+
+
+def test_a_process_of_its_own_tells_the_device(monkeypatch):
+    assert machine.device_apart() == machine.device()
+    monkeypatch.setattr(machine, "ASK", "raise SystemExit(1)")
+    assert machine.device_apart() is None

@@ -1,0 +1,148 @@
+"""What a planned run will cost on a device: its memory, held against what there is, and its time against that of other runs.
+
+Nothing here reads data or weights, and only the arithmetic of `cost` speaks, so that what cannot fit is refused before anything is begun.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from vitmed import config as config_lib
+from vitmed import cost, experiment
+from vitmed import network as networks
+from vitmed.runs import machine
+from vitmed.training import loop, sharding
+
+# On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
+# while it is written.
+PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
+UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters
+
+
+def outline(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> experiment.Experiment:
+    """`experiment.plan` without looking for pretrained weights: the variant's own architecture stands for theirs."""
+    bare = config.copy_and_resolve_references()
+    if config.model.pretrained:
+        bare.model.update(pretrained="", pooling=config.model.pooling if config.model.pooling in ("cls", "mean") else "auto")
+    return experiment.plan(bare, recorded)
+
+
+def memory(planned: experiment.Experiment, device: machine.Device, *, batch_size: int | None = None) -> cost.Memory:
+    """The bytes that a run takes of each device; on a CPU those of the process. `batch_size` stands for the config's where given.
+
+    The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
+    of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
+    """
+    config, architecture, shape = planned.config, planned.network.architecture, planned.shape
+    sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
+    with_weights, without = (
+        cost.activations_per_example(**sizes, num_heads=architecture.num_heads, keeps_attention=keeps) for keeps in (True, False)
+    )
+    batch_sizes = (config.train.batch_size, config.eval.batch_size)
+    fsdp = max(1, config.mesh.fsdp)
+    parts = fsdp * sharding.data_parts(device.count, data=config.mesh.data, fsdp=fsdp, batch_sizes=batch_sizes)
+    params = math.ceil(cost.num_params(**shape) / fsdp)
+    least, likely = cost.training_memory(
+        num_params=params,
+        activations=without,
+        attention_weights=with_weights - without,
+        num_tokens=planned.num_tokens,
+        width=architecture.width,
+        depth=architecture.depth,
+        batch_size=max(1, (batch_size or config.train.batch_size) // parts),
+        eval_batch_size=max(1, config.eval.batch_size // parts),
+        num_runs=len(planned.seeds),
+        mapped=device.platform == "cpu",
+        bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
+        split_bytes=_resident_bytes(planned, device),
+    )
+    if device.platform == "cpu":
+        state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
+        likely += PROCESS_BYTES + CHECKPOINT_COPIES * state + _image_bytes(planned) * sum(planned.description.num_examples.values())
+    return cost.Memory(least, likely)
+
+
+def _image_bytes(planned: experiment.Experiment) -> int:
+    """Bytes of one image as it is stored."""
+    return math.prod(planned.description.image_size) * planned.description.num_channels
+
+
+def _resident_bytes(planned: experiment.Experiment, device: machine.Device) -> int:
+    """Bytes of the training split on the device, as `loop.place` decides; 0 where it is streamed."""
+    split = _image_bytes(planned) * planned.description.num_examples["train"]
+    tells = device.platform != "cpu" and device.memory_bytes is not None
+    limit = loop.RESIDENT_SHARE * device.memory_bytes if tells else loop.RESIDENT_BYTES
+    placement = planned.config.data.placement
+    return 0 if placement == "host" or (placement == "auto" and split > limit) else split
+
+
+def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None:
+    """Why a run cannot fit the device, with the numbers; None where it may."""
+    least = memory(planned, device).least
+    if device.memory_bytes is None or least <= device.memory_bytes:
+        return None
+    return f"at least {gigabytes(least)} of memory are needed, and {device.name} has {gigabytes(device.memory_bytes)}"
+
+
+def advice(planned: experiment.Experiment, device: machine.Device) -> str:
+    """What makes a run that does not fit smaller."""
+    batch_size, larger = planned.config.train.batch_size, "a larger patch or a smaller model.variant"
+    if memory(planned, device, batch_size=1).least > device.memory_bytes:
+        return f"take {larger}: not even train.batch_size=1 fits"
+    return f"lower train.batch_size (it is {batch_size}), or take {larger}"
+
+
+def require_fit(planned: experiment.Experiment, device: machine.Device) -> None:
+    """InputError where a run cannot fit the device; a line on stderr where it is likely not to."""
+    if fault := misfit(planned, device):
+        raise config_lib.InputError(f"{planned.label}: {fault}; {advice(planned, device)}")
+    warn(planned, device, planned.label)
+
+
+def warn(planned: experiment.Experiment, device: machine.Device, name: str) -> None:
+    """A line on stderr where a run is likely not to fit the device, though it may."""
+    likely = memory(planned, device).likely
+    if device.memory_bytes is not None and likely > device.memory_bytes:
+        numbers = f"it is likely to take {gigabytes(likely)} of memory, and {device.name} has {gigabytes(device.memory_bytes)}"
+        mend = "lower train.batch_size or eval.batch_size, or take a larger patch"
+        print(f"vitmed: {name} may not fit: {numbers}; should it fail, {mend}", file=sys.stderr)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:,.1f} GB"
+
+
+def seconds(planned: experiment.Experiment) -> float:
+    """What training and testing take by arithmetic, in seconds of no real machine: the proportion to other runs is what counts."""
+    train, examples = planned.config.train, planned.description.num_examples
+    steps = train.epochs * math.ceil(examples["train"] / train.batch_size)
+    predicted = examples["val"] * (train.epochs + 1) + examples["test"]
+    return steps * planned.step_seconds + predicted * len(planned.seeds) * planned.gmacs_forward / cost.GMACS_PER_SECOND
+
+
+def seconds_left(done: Sequence[tuple[float, Mapping[str, Any]]], left: Sequence[float]) -> float | None:
+    """Seconds for the points left, from (arithmetic, result) of those done and the arithmetic of those left; None before any is done.
+
+    The arithmetic is scaled by what training took so far; each point takes the mean of the compilations besides.
+    """
+    if not done:
+        return None
+    scale = sum(result["train_seconds"] for _, result in done) / sum(arithmetic for arithmetic, _ in done)
+    compilation = sum(result["compile_seconds"] for _, result in done) / len(done)
+    return scale * sum(left) + compilation * len(left)
+
+
+def duration_text(seconds: float) -> str:
+    """Such as 2 d 3 h, 1 h 20 min, 45 s: the two largest units, the second one where it is not zero."""
+    rest = max(1, round(seconds))
+    parts = []
+    for size, unit in UNITS:
+        number, rest = divmod(rest, size)
+        parts.append((number, unit))
+    first = next(index for index, (number, _) in enumerate(parts) if number)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number)

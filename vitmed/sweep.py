@@ -1,0 +1,235 @@
+"""Many runs as one command: the points of a config's `sweep()`, each in a folder and a process of its own.
+
+Whatever arithmetic can tell is checked before the first point runs and before anything is written. Then a point that fails is recorded
+in its folder (failure.json) and reported at the end, and the others run all the same. Called again, finished points are left as they are.
+"""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.table
+
+from vitmed import config as config_lib
+from vitmed import experiment, forecast
+from vitmed.runs import checkpoint, folder, machine
+from vitmed.study import points, tables
+
+COLUMNS = ("point", "tokens", "GMACs / image", "memory", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A point, its folder (where --workdir is given), what is planned for it (without its weights), and its result if it is finished."""
+
+    point: points.Point
+    run_folder: folder.RunFolder | None
+    planned: experiment.Experiment
+    result: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The point's name."""
+        return self.point.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A config file, the overrides for every point, all points and the entries that were asked for."""
+
+    path: str
+    overrides: Mapping[str, str]
+    points: Sequence[points.Point]
+    entries: Sequence[Entry]
+
+
+def read(spec: str, overrides: Mapping[str, str], *, selection: str | None, root: pathlib.Path | None) -> Sweep:
+    """The sweep of a config file with its points' folders below `root`, if any; `selection` is the expression of --points.
+
+    InputError where a point has a fault, an override sets what the sweep varies or a folder belongs to another run. No pretrained weights
+    are looked for.
+    """
+    path, _, argument = spec.partition(":")
+    if argument:
+        raise config_lib.InputError(f"--config={spec}: with --sweep the points give the arguments; leave out :{argument}")
+    every = points.of_sweep(config_lib.load_module(path))
+    varied = points.varied([config_lib.load(f"{path}:{point.argument}").to_dict() for point in every])
+    for field in sorted(varied & overrides.keys()):
+        raise config_lib.InputError(f"--config.{field}: the sweep varies it; leave it out, or run one point without --sweep")
+    entries = []
+    for point in every if selection is None else points.selected(every, selection):
+        config = config_lib.load(f"{path}:{point.argument}", overrides)
+        run_folder = None if root is None else folder.RunFolder(root / point.name)
+        result = run_folder and experiment.finished(config, run_folder)
+        recorded = run_folder and experiment.recorded_network(run_folder)
+        entries.append(Entry(point, run_folder, forecast.outline(config, recorded), result))
+    return Sweep(path, overrides, every, entries)
+
+
+# --- what there is to do --------------------------------------------------------------------------------------------------------
+
+
+def show(sweep: Sweep) -> None:
+    """Print every point with what it costs and how it stands."""
+    device = machine.device_apart()
+    table = rich.table.Table(caption=_device_text(device))
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("point", "state") else "right", overflow="fold")
+    for entry in sweep.entries:
+        costs = (f"{entry.planned.num_tokens:,}", f"{entry.planned.gmacs_forward:,.3f}")
+        table.add_row(entry.name, *costs, _memory_text(entry.planned, device), _state_text(entry))
+    tables.show(table)
+
+
+def _device_text(device: machine.Device | None) -> str:
+    if device is None:
+        return "memory is for a GPU or TPU of any size: this machine's device could not be asked"
+    there = "does not tell its memory" if device.memory_bytes is None else f"has {forecast.gigabytes(device.memory_bytes)}"
+    return f"memory is an estimate for all seeds together; {device.name} {there}"
+
+
+def _memory_text(planned: experiment.Experiment, device: machine.Device | None) -> str:
+    device = device or machine.Device("unknown", "unknown", 1, None)
+    least, likely = forecast.memory(planned, device)
+    if device.memory_bytes is not None and least > device.memory_bytes:
+        return f"{forecast.gigabytes(likely)}, cannot fit"
+    tight = device.memory_bytes is not None and likely > device.memory_bytes
+    return f"{forecast.gigabytes(likely)}{', may not fit' if tight else ''}"
+
+
+def _state_text(entry: Entry) -> str:
+    if entry.run_folder is None:
+        return "-"
+    failure = entry.run_folder.read_failure()
+    if entry.result is not None:
+        return _fault_of(entry.result) or "finished"
+    if failure is not None:
+        return f"failed: {_failure_text(failure)}"
+    return "begun" if checkpoint.begun(entry.run_folder.checkpoints) else "to do"
+
+
+def _fault_of(result: Mapping[str, Any]) -> str | None:
+    """The failed seeds of a finished run."""
+    return f"failed seeds {', '.join(map(str, result['failed_seeds']))}" if result["failed_seeds"] else None
+
+
+def _failure_text(failure: Mapping[str, Any]) -> str:
+    """How a point's process ended, and what it complained of."""
+    return f"{failure.get('ended')}{': ' if failure.get('said') else ''}{failure.get('said') or ''}"
+
+
+def check(sweep: Sweep) -> None:
+    """InputError where a point that is not finished cannot be run here: its memory first, then its weights."""
+    todo = [entry for entry in sweep.entries if entry.result is None]
+    device = machine.device_apart() if todo else None
+    misfits = {} if device is None else {entry.name: fault for entry in todo if (fault := forecast.misfit(entry.planned, device))}
+    if misfits:
+        kept = [entry.point for entry in sweep.entries if entry.name not in misfits]
+        expression = points.expression_of(kept, sweep.points)
+        first = next(entry for entry in todo if entry.name in misfits)
+        mend = forecast.advice(first.planned, device) + (f"; --points='{expression}' leaves out what cannot fit" if expression else "")
+        named = {fault: ", ".join(name for name in misfits if misfits[name] == fault) for fault in misfits.values()}
+        raise config_lib.InputError(f"{'; '.join(f'{names}: {fault}' for fault, names in named.items())}; {mend}")
+    for entry in todo:
+        if device is not None:
+            forecast.warn(entry.planned, device, entry.name)
+        config = config_lib.load(f"{sweep.path}:{entry.point.argument}", sweep.overrides)
+        experiment.plan(config, experiment.recorded_network(entry.run_folder))
+
+
+# --- doing it -------------------------------------------------------------------------------------------------------------------
+
+
+def run(sweep: Sweep) -> int:
+    """Run the points that are not finished and print the table of all results; the exit status: 1 where something has failed.
+
+    Each point has a process of its own: its memory is its own, and what breaks one leaves the others.
+    """
+    check(sweep)
+    results = [entry.result for entry in sweep.entries]
+    faults: dict[str, str] = {}
+    if any(results):
+        _say_progress(sweep.entries, results, faults)
+    for index, entry in enumerate(sweep.entries):
+        if results[index] is not None:
+            continue
+        print(f"vitmed: {entry.name}, {index + 1} of {len(sweep.entries)}", file=sys.stderr)
+        given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
+        given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
+        status, said = run_apart([sys.executable, "-m", "vitmed.main", *given])
+        results[index] = entry.run_folder.read_result()
+        if results[index] is None:
+            faults[entry.name] = _record(entry.run_folder, status, said)
+        _say_progress(sweep.entries, results, faults)
+    if any(results):
+        tables.show(tables.of_results(points.ordered([result for result in results if result])))
+    faults |= {entry.name: fault for entry, result in zip(sweep.entries, results, strict=True) if result and (fault := _fault_of(result))}
+    for name, fault in faults.items():
+        print(f"vitmed: {name}: {fault}", file=sys.stderr)
+    if faults:
+        print(f"vitmed: {len(faults)} of {len(sweep.entries)} points failed, or have failed seeds", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _record(run_folder: folder.RunFolder, status: int, said: str) -> str:
+    """Leave in a point's folder that it failed, and say it in a line."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        ended = f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"
+    else:
+        ended = f"exit status {status}"
+    failure = {"ended": ended, "said": said or None}
+    try:
+        run_folder.write_failure(failure)
+    except (config_lib.InputError, config_lib.MachineError) as error:  # the next point may have a better place
+        print(f"vitmed: {error}", file=sys.stderr)
+    return _failure_text(failure)
+
+
+def _say_progress(entries: Sequence[Entry], results: Sequence[Mapping[str, Any] | None], faults: Mapping[str, str]) -> None:
+    """A line: how many points are done, how many have failed in this call, and how long the rest will take."""
+    done = [(entry, result) for entry, result in zip(entries, results, strict=True) if result]
+    left = [entry for entry, result in zip(entries, results, strict=True) if not result and entry.name not in faults]
+    failed = f", {len(faults)} failed" if faults else ""
+    arithmetic = [(forecast.seconds(entry.planned), result) for entry, result in done]
+    seconds = forecast.seconds_left(arithmetic, [forecast.seconds(entry.planned) for entry in left])
+    time = f", about {forecast.duration_text(seconds)} left" if left and seconds is not None else ""
+    print(f"vitmed: {len(done)} of {len(entries)} points done{failed}{time}", file=sys.stderr, flush=True)
+
+
+def run_apart(command: Sequence[str]) -> tuple[int, str]:
+    """Run a command in a process of its own and pass signals on to it: (exit status, what it complained of).
+
+    It writes to this process's stderr, be that a terminal or not. Stopped where a signal came, or where the command says that one did.
+    """
+    received: list[int] = []
+    child: subprocess.Popen | None = None
+
+    def forward(signum: int, _: object) -> None:
+        received.append(signum)
+        if child is not None:
+            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
+
+    with tempfile.TemporaryFile() as words:
+        environment = os.environ | {config_lib.LAST_WORDS: str(words.fileno())}
+        former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment, pass_fds=[words.fileno()])
+            if received:
+                child.terminate()  # it came before there was a child
+            status = child.wait()
+        finally:
+            for signum, handler in former.items():
+                signal.signal(signum, handler)
+        words.seek(0)
+        said = words.read().decode(errors="replace")
+    if received or status in (75, 130):
+        raise config_lib.Stopped(signal.SIGINT if signal.SIGINT in received or status == 130 else signal.SIGTERM)
+    return status, said
