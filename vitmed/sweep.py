@@ -137,10 +137,10 @@ def check(sweep: Sweep) -> None:
         named = {fault: ", ".join(name for name in misfits if misfits[name] == fault) for fault in misfits.values()}
         raise config_lib.InputError(f"{'; '.join(f'{names}: {fault}' for fault, names in named.items())}; {mend}")
     for entry in todo:
-        if device is not None:
-            forecast.warn(entry.planned, device, entry.name)
         config = config_lib.load(f"{sweep.path}:{entry.point.argument}", sweep.overrides)
         experiment.plan(config, experiment.recorded_network(entry.run_folder))
+    for entry in todo if device is not None else ():  # after all that can be an error, whose line stands alone
+        forecast.warn(entry.planned, device, entry.name)
 
 
 # --- doing it -------------------------------------------------------------------------------------------------------------------
