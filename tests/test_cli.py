@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from vitmed import config, evaluate, main, metrics
+from vitmed import cli, evaluate, main, metrics
 from vitmed.runs import folder, guard
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,7 +23,7 @@ SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=2", "--confi
 
 def call(command, *argv: object) -> int:
     """Run a CLI in this process; its exit status."""
-    return config.run_cli(command.main, [str(argument) for argument in argv])
+    return cli.run_cli(command.main, [str(argument) for argument in argv])
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +304,8 @@ def test_a_signal_stops_a_sweep_and_its_point(two_points, tmp_path):
 
 def test_torch_is_never_imported(tmp_path):
     code = (
-        "import sys; from vitmed import config, main; "
-        f"config.run_cli(main.main, ['--config={QUICKSTART}:patch=28', '--workdir={tmp_path}/run', *{SMALL!r}]); "
+        "import sys; from vitmed import cli, main; "
+        f"cli.run_cli(main.main, ['--config={QUICKSTART}:patch=28', '--workdir={tmp_path}/run', *{SMALL!r}]); "
         "sys.exit('torch' in sys.modules or 'tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from vitmed import config, experiment
+from vitmed import cli, config, experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 VIT2D, VIT3D = f"{ROOT}/configs/vit2d.py", f"{ROOT}/configs/vit3d.py"
@@ -182,14 +182,14 @@ def test_in_channels_of_rgb_data_must_be_three():
 
 
 def test_flags_and_overrides_are_told_apart():
-    parser = config.Parser(prog="p")
+    parser = cli.Parser(prog="p")
     parser.add_argument("--config")
     parser.add_argument("--workdir")
-    flags, overrides = config.parse_flags(parser, ["--config=a.py", "--config.x=1", "--workdir", "w", "--config.y.z", "2"])
+    flags, overrides = cli.parse_flags(parser, ["--config=a.py", "--config.x=1", "--workdir", "w", "--config.y.z", "2"])
     assert (flags.config, flags.workdir, overrides) == ("a.py", "w", {"x": "1", "y.z": "2"})
     for argv, words in ((["--wokdir=w"], "--workdir"), (["--config.x"], "has no value"), (["w"], "no such flag")):
         with pytest.raises(config.InputError, match=words):
-            config.parse_flags(parser, argv)
+            cli.parse_flags(parser, argv)
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_what_ends_a_command_becomes_one_line_and_its_exit_status(error, status,
     def main(argv):
         raise error
 
-    assert config.run_cli(main, []) == status
+    assert cli.run_cli(main, []) == status
     assert len(capsys.readouterr().err.splitlines()) == (1 if status in (1, 2) else 0)

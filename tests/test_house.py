@@ -15,7 +15,7 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"experiment", "forecast", "sweep"}  # what the CLIs are made of
+TOP = {"cli", "experiment", "forecast", "sweep"}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "checks": BELOW,
     "network": BELOW,
     "experiment": BELOW | {"checks", "network"},
+    "cli": {"config"},
     "forecast": BELOW | {"network", "experiment"},
-    "sweep": BELOW | {"experiment", "forecast"},
+    "sweep": BELOW | {"cli", "experiment", "forecast"},
     **dict.fromkeys(CLIS, BELOW | CLIS | TOP),
     "configs": LEAVES,
     "launch": BELOW | CLIS | TOP,

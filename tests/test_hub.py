@@ -157,6 +157,14 @@ def test_what_is_no_name_is_a_path_that_does_not_exist(server, text):
     assert not server.requests
 
 
+def test_a_path_within_a_folder_that_is_there_is_no_name(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(config.InputError, match="'runs/missing': no such file or folder in the folder runs"):
+        hub.find("runs/missing")
+    assert server.requests == []
+
+
 def test_a_download_is_found_again_without_the_hub(server, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     path = hub.find(TI)

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vitmed import config, evaluate, experiment, main, models
+from vitmed import cli, config, evaluate, experiment, main, models
 from vitmed.models import build, exported, weights
 from vitmed.runs import folder
 from vitmed.training import loop
@@ -19,6 +20,7 @@ from vitmed.training import loop
 ROOT = pathlib.Path(__file__).parent.parent
 VIT2D, VIT3D = f"{ROOT}/configs/vit2d.py", f"{ROOT}/configs/vit3d.py"
 SMALL = ["--config.train.epochs=1", "--config.train.batch_size=250", "--config.seeds=0,1"]
+FACTS = {"image_size": [28, 28], "num_heads": 3, "pooling": "cls", "mean": [0.5], "std": [0.5], "seed": 0, "val_loss": 0.5}
 MEAN, STD = (0.2, 0.1, 0.3), (0.3, 0.2, 0.1)
 
 
@@ -41,7 +43,7 @@ def file(tmp_path_factory):
 
 
 def call(command, *argv: object) -> int:
-    return config.run_cli(command.main, [str(argument) for argument in argv])
+    return cli.run_cli(command.main, [str(argument) for argument in argv])
 
 
 def arguments(file, *, patch="14", variant="vit_micro", spec=VIT2D, dataset="phantom2d"):
@@ -239,3 +241,36 @@ def test_no_torch_is_imported_by_reading_weights(file):
     )
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [("result.json", "no folder of a finished run"), ("weights", "all its seeds failed")],
+)
+def test_a_run_that_gives_out_nothing_is_no_weights(left, says, finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / left).unlink() if left == "result.json" else shutil.rmtree(copy / left)
+    assert call(main, *arguments(copy), f"--workdir={tmp_path / 'run'}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_checkpoint_the_weights_are_not_looked_for(file, finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "checkpoints")
+    settings = json.loads((copy / "config.json").read_text())
+    settings["model"]["pretrained"] = str(tmp_path / "gone.safetensors")
+    (copy / "config.json").write_text(json.dumps(settings))
+    assert call(evaluate, f"--workdir={copy}") == 2
+    assert capsys.readouterr().err == f"vitmed: {copy}: no checkpoint; train it first with vitmed.main\n"
+
+
+@pytest.mark.parametrize("changed", [{"std": [0.0]}, {"val_loss": float("nan")}, {"pooling": "best"}])
+def test_what_a_run_cannot_have_said_is_refused(changed, tmp_path):
+    packed = safetensors.numpy.save(tensors_of_a_micro_model(), {"vitmed": json.dumps(FACTS | changed)})
+    (tmp_path / "odd.safetensors").write_bytes(packed)
+    with pytest.raises(config.InputError, match="metadata are broken"):
+        weights.describe(str(tmp_path / "odd.safetensors"))

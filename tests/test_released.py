@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vitmed import config, cost, evaluate, experiment, main, models
+from vitmed import cli, config, cost, evaluate, experiment, main, models
 from vitmed.data import sources
 from vitmed.models import build, exported, resample, weights
 from vitmed.runs import folder
@@ -28,7 +28,7 @@ FIELDS_3D = {
 
 
 def call(command, *argv: object) -> int:
-    return config.run_cli(command.main, [str(argument) for argument in argv])
+    return cli.run_cli(command.main, [str(argument) for argument in argv])
 
 
 def planned(spec, overrides=None):

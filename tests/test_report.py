@@ -10,8 +10,7 @@ import made_runs
 import numpy as np
 import pytest
 
-from vitmed import config as config_lib
-from vitmed import report
+from vitmed import cli, report
 from vitmed.study import figures, formats, results
 
 BROWSER = shutil.which("chromium")
@@ -19,7 +18,7 @@ DRIVER = shutil.which("chromedriver")
 
 
 def run(*arguments):
-    return config_lib.run_cli(report.main, [*arguments, "--resamples=200"])
+    return cli.run_cli(report.main, [*arguments, "--resamples=200"])
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from vitmed import config, main, sweep
+from vitmed import cli, main, sweep
 from vitmed.runs import folder, guard, machine
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,7 +19,7 @@ CPU = machine.Device("cpu", "cpu (made up)", 1, 16 * 10**9)
 # Two points that train, one whose data are missing and one that is killed as by the kernel, unless a file says that it is mended.
 CONFIG = """
 import os, pathlib, signal
-from vitmed import config
+from vitmed import cli, config
 MENDED = pathlib.Path(__file__).with_name("mended")
 def get_config(arg=""):
     given = config.arguments(arg, dataset="phantom2d", patch=(14,), fault="")
@@ -29,7 +29,7 @@ def get_config(arg=""):
     cfg.train.update(epochs=2, batch_size=250)
     if given["fault"] == "data" and not MENDED.exists():
         cfg.data.root = "/no/such/folder"
-    if given["fault"] == "killed" and config.LAST_WORDS in os.environ and not MENDED.exists():
+    if given["fault"] == "killed" and cli.LAST_WORDS in os.environ and not MENDED.exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return cfg
 def sweep():
@@ -43,7 +43,7 @@ KILLED, WITHOUT_DATA, GOOD = "phantom2d-patch14-faultkilled", "breastmnist-patch
 
 
 def call(*argv: object) -> int:
-    return config.run_cli(main.main, [str(argument) for argument in argv])
+    return cli.run_cli(main.main, [str(argument) for argument in argv])
 
 
 def command(own, *argv):

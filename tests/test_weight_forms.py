@@ -170,3 +170,38 @@ def test_loading_takes_less_than_two_and_a_half_times_the_file(tmp_path):
     assert pathlib.Path(file).stat().st_size > 90e6
     done = subprocess.run([sys.executable, "-c", MEASURED, file], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 2.5
+
+
+def test_no_classes_are_features(tmp_path):
+    form = next(iter(FORMS))
+    file = write(tmp_path, FORMS[form]["shapes"])
+    module, params = loaded(file, num_classes=0)
+    assert module.apply({"params": params}, made_up.images()).shape[1] == module.width
+    assert "head" not in params
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"in_channels": 0}, "in_channels=0: must be at least 1"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"patch_size": 4}, "patch_size=4: must be a tuple"),
+        ({"inflation": "x"}, "inflation=x: unknown"),
+        ({"depth_positions": "x"}, "depth_positions=x: unknown"),
+        ({"position_resize": "x"}, "position_resize=x: unknown"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path, given, says):
+    file = write(tmp_path, FORMS[next(iter(FORMS))]["shapes"])
+    with pytest.raises(config.InputError, match=says):
+        loaded(file, **given)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"), [(np.zeros((16, 3, 0, 4), np.float32), "holds nothing"), (np.full((8, 3, 4, 4), 3e38, np.float32), "too large")]
+)
+def test_kernels_that_are_damaged(tmp_path, kernel, says):
+    shapes = FORMS[next(iter(FORMS))]["shapes"]
+    kernel = np.broadcast_to(kernel[:1], (shapes[weights.KERNEL][0], *kernel.shape[1:])).copy()
+    with pytest.raises(config.InputError, match=says):
+        loaded(write(tmp_path, shapes, **{weights.KERNEL: kernel}), patch_size=(2, 2))

@@ -3,23 +3,16 @@
 InputError is what a user can cause: one line, exit status 2, nothing written. MachineError is the machine's own trouble: exit status 1.
 """
 
-import argparse
 import contextlib
 import difflib
 import importlib.util
 import math
-import os
 import pathlib
-import signal
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ml_collections
-
-EXIT_OF_SIGNAL = {signal.SIGTERM: 75, signal.SIGINT: 130}
-LAST_WORDS = "VITMED_LAST_WORDS"  # in the environment of a sweep's point: the open file in which the sweep looks for its complaint
 
 
 class InputError(ValueError):
@@ -110,7 +103,8 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
     for item in filter(None, text.split(",")):
         key, separator, value = item.partition("=")
         if key not in defaults:
-            raise InputError(f"config argument {key!r} is unknown; {nearest(key, defaults)}")
+            comma = "" if separator else "; a value that holds a comma goes into --config.FIELD=VALUE"
+            raise InputError(f"config argument {key!r} is unknown; {nearest(key, defaults)}{comma}")
         if not separator:
             raise InputError(f"config argument {key!r} has no value; write {key}={_example(defaults[key])}")
         values[key] = parse(f"config argument {key}", value, defaults[key])
@@ -229,71 +223,3 @@ def finite(name: str, value: float, *, least: float = -math.inf, most: float = m
     """`value` where it is a finite number within bounds."""
     require(math.isfinite(value) and least <= value <= most, name, value, f"a finite number from {least:g} to {most:g}")
     return value
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are InputErrors: one line, exit status 2."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError."""
-        raise InputError(f"{message}; see {self.prog} --help")
-
-
-def parse_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The parser's own flags, and the overrides given as `--config.field=value` or `--config.field value`."""
-    namespace, rest = parser.parse_known_args(list(argv))
-    overrides: dict[str, str] = {}
-    while rest:
-        flag, separator, value = rest.pop(0).partition("=")
-        if not flag.startswith("--config.") or not flag.removeprefix("--config."):
-            known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-            raise InputError(f"{flag}: no such flag; {nearest(flag, known)}")
-        if not separator:
-            if not rest:
-                raise InputError(f"{flag}: has no value; write {flag}=VALUE")
-            value = rest.pop(0)
-        overrides[flag.removeprefix("--config.")] = value
-    return namespace, overrides
-
-
-def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Call a CLI's main and turn what users and machines cause into one line on stderr and the contract's exit status.
-
-    Wherever `main` handles no signals itself there is nothing to save, and SIGTERM and SIGINT end the process at once.
-    """
-
-    def stop(signum: int, frame: object) -> NoReturn:
-        os._exit(EXIT_OF_SIGNAL[signum])  # an exception would be raised within whatever library is being imported, and break it
-
-    former = {signum: signal.signal(signum, stop) for signum in EXIT_OF_SIGNAL if signal.getsignal(signum) != signal.SIG_IGN}
-    with contextlib.suppress(AttributeError):  # a stream that is no text file
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ± must not end a run that took hours
-    try:
-        return main(argv)
-    except InputError as error:
-        return _complain(error, 2)
-    except MachineError as error:
-        return _complain(error, 1)
-    except MemoryError as error:
-        return _complain(f"out of memory ({error}); lower train.batch_size or eval.batch_size, or take a larger patch", 1)
-    except OSError as error:  # a full disk, a folder removed under the run, a lost network drive
-        where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}; mend that and run the same command again", 1)
-    except Stopped as stopped:
-        return EXIT_OF_SIGNAL[stopped.signum]
-    except KeyboardInterrupt:
-        return EXIT_OF_SIGNAL[signal.SIGINT]
-    finally:
-        for signum, handler in former.items():
-            signal.signal(signum, handler)
-
-
-def _complain(message: object, status: int) -> int:
-    line = " ".join(str(message).split())
-    print(f"vitmed: {line}", file=sys.stderr)
-    with contextlib.suppress(KeyError, ValueError, OSError):
-        os.write(int(os.environ[LAST_WORDS]), line.encode())
-    return status

@@ -15,8 +15,8 @@ import numpy as np
 import rich.console
 import rich.table
 
+from vitmed import cli, experiment, metrics
 from vitmed import config as config_lib
-from vitmed import experiment, metrics
 from vitmed.data import sources
 from vitmed.runs import checkpoint, files, folder, machine
 from vitmed.study import tables
@@ -29,9 +29,9 @@ EXAMPLES = """examples:
   python -m vitmed.evaluate --workdir=runs/breast_p7 --split=val --data_root=/data/medmnist"""
 
 
-def make_parser() -> config_lib.Parser:
+def make_parser() -> cli.Parser:
     """The flags."""
-    parser = config_lib.Parser(prog="vitmed.evaluate", description="Measure runs from their checkpoints.", epilog=EXAMPLES)
+    parser = cli.Parser(prog="vitmed.evaluate", description="Measure runs from their checkpoints.", epilog=EXAMPLES)
     parser.add_argument("--workdir", required=True, action="append", metavar="DIR", help="a run's folder; given several times: an ensemble")
     parser.add_argument("--split", default="test", metavar="SPLIT", help=f"one of {', '.join(SPLITS)} (default: test)")
     parser.add_argument("--data_root", metavar="DIR", help="folder of .npz files, where it is not the one that the run used")
@@ -53,7 +53,7 @@ class Member:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate and print; the exit status."""
-    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    flags, overrides = cli.parse_flags(make_parser(), argv)
     machine.cache_programs()
     if overrides:
         raise config_lib.InputError(f"--config.{next(iter(overrides))}: a run's config is its own; vitmed.evaluate takes no overrides")
@@ -100,7 +100,10 @@ def check_alike(paths: Sequence[pathlib.Path], configs: Sequence[ml_collections.
 def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str) -> Member:
     """Restore a run's best parameters and take them over a split, by the very program that training used."""
     run_folder = folder.RunFolder(path)
-    planned = experiment.plan(config, experiment.recorded_network(run_folder))
+    recorded = experiment.recorded_network(run_folder)
+    if recorded is None:  # before pretrained weights are looked for that nothing would need
+        raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
+    planned = experiment.plan(config, recorded)
     dataset = planned.load()
     schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
     recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch)
@@ -171,4 +174,4 @@ def show(members: Sequence[Member], split: str, measured: dict[str, Any]) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(config_lib.run_cli(main, sys.argv[1:]))
+    sys.exit(cli.run_cli(main, sys.argv[1:]))

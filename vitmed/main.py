@@ -6,6 +6,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from vitmed import cli
 from vitmed import config as config_lib
 from vitmed.runs import folder, guard
 from vitmed.study import tables
@@ -21,10 +22,10 @@ exit status: 0 done; 1 finished with named failures, or trouble of the machine; 
 SIGINT"""
 
 
-def make_parser() -> config_lib.Parser:
+def make_parser() -> cli.Parser:
     """The flags."""
     about = "Train a ViT and test it once. --config.FIELD=VALUE sets any field of the config."
-    parser = config_lib.Parser(prog="vitmed.main", description=about, epilog=EXAMPLES)
+    parser = cli.Parser(prog="vitmed.main", description=about, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE[:ARGUMENTS]", help="a config file and its arguments, key=value,...")
     parser.add_argument("--workdir", default="", metavar="DIR", help="the run's folder, or of a sweep the folder of the points' folders")
     parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(), finished ones left as they are")
@@ -35,9 +36,9 @@ def make_parser() -> config_lib.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Run one point or all of a sweep, or list them; the exit status."""
-    if config_lib.LAST_WORDS in os.environ:  # a sweep started this process
+    if cli.LAST_WORDS in os.environ:  # a sweep started this process
         guard.end_with_parent()
-    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    flags, overrides = cli.parse_flags(make_parser(), argv)
     of_sweep = flags.sweep or flags.list
     if flags.points is not None and not of_sweep:
         raise config_lib.InputError(f"--points={flags.points}: chooses among a sweep's points; give --sweep or --list with it")
@@ -76,4 +77,4 @@ def run_sweep(flags: argparse.Namespace, overrides: dict[str, str], root: pathli
 
 
 if __name__ == "__main__":
-    sys.exit(config_lib.run_cli(main, sys.argv[1:]))
+    sys.exit(cli.run_cli(main, sys.argv[1:]))

@@ -4,7 +4,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from vitmed import __version__
+from vitmed import __version__, cli
 from vitmed import config as config_lib
 from vitmed.runs import files
 from vitmed.study import analysis, collection, figures, formats, medmnist_files, page, results, summary
@@ -20,9 +20,9 @@ graphicx), summary.md and figures/ as SVG and PNG; with --medmnist also medmnist
 exit status: 0 done; 1 done, but folders were left out, each named; 2 wrong input"""
 
 
-def make_parser() -> config_lib.Parser:
+def make_parser() -> cli.Parser:
     """The flags."""
-    parser = config_lib.Parser(prog="vitmed.report", description="Tables, figures and a page of finished runs.", epilog=EXAMPLES)
+    parser = cli.Parser(prog="vitmed.report", description="Tables, figures and a page of finished runs.", epilog=EXAMPLES)
     parser.add_argument(
         "--workdir", required=True, action="append", metavar="ROOT", help="a folder that holds runs, at any depth; repeatable"
     )
@@ -41,7 +41,7 @@ def make_parser() -> config_lib.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Write the report and print where it is; the exit status."""
-    flags, overrides = config_lib.parse_flags(make_parser(), argv)
+    flags, overrides = cli.parse_flags(make_parser(), argv)
     if overrides:
         raise config_lib.InputError(f"--config.{next(iter(overrides))}: a report is made of finished runs; it takes no overrides")
     resamples = config_lib.parse("--resamples", flags.resamples, 2000)
@@ -93,4 +93,4 @@ def write(study: analysis.Study, out: pathlib.Path, *, runs: Sequence[collection
 
 
 if __name__ == "__main__":
-    sys.exit(config_lib.run_cli(main, sys.argv[1:]))
+    sys.exit(cli.run_cli(main, sys.argv[1:]))

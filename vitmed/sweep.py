@@ -16,8 +16,8 @@ from typing import Any
 
 import rich.table
 
+from vitmed import cli, experiment, forecast
 from vitmed import config as config_lib
-from vitmed import experiment, forecast
 from vitmed.runs import checkpoint, folder, machine
 from vitmed.study import points, tables
 
@@ -217,7 +217,7 @@ def run_apart(command: Sequence[str]) -> tuple[int, str]:
             child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
     with tempfile.TemporaryFile() as words:
-        environment = os.environ | {config_lib.LAST_WORDS: str(words.fileno())}
+        environment = os.environ | {cli.LAST_WORDS: str(words.fileno())}
         former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         try:
             # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.

@@ -14,9 +14,9 @@ import safetensors.numpy
 from flax import traverse_util
 
 from vitmed import config, cost
-from vitmed.models import build, tensors
+from vitmed.models import build, tensors, vit
 
-FOLDER, KEY = "weights", "vitmed"
+FOLDER, RESULT, KEY = "weights", "result.json", "vitmed"
 # What a run says in its metadata, each like this.
 FACTS = {"image_size": [1], "num_heads": 1, "pooling": "", "mean": [0.5], "std": [0.5], "seed": 1, "val_loss": 0.5}
 STRIDE = "patch_size"  # and where its kernel has not the patch's size: at how many pixels it is put
@@ -76,6 +76,8 @@ def facts(metadata: dict[str, str], path: pathlib.Path) -> dict[str, Any] | None
     try:
         said = json.loads(metadata[KEY])
         good = all(_alike(said[name], like) for name, like in FACTS.items()) and _alike(said.get(STRIDE, [1]), [1])
+        numbers = (*said["mean"], *said["std"], said["val_loss"])
+        good = good and all(map(math.isfinite, numbers)) and min(said["std"]) > 0 and said["pooling"] in vit.POOLINGS
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
@@ -101,12 +103,16 @@ def of_run(path: pathlib.Path) -> pathlib.Path:
     """For a run's folder the weights of its seed of the lowest validation loss, else the path itself; InputError where there are none."""
     if not path.is_dir():
         return path
-    losses = {}
+    finished, losses = (path / RESULT).is_file(), {}
     for file in sorted((path / FOLDER).glob("*.safetensors")):
         with tensors.opened(file) as opened:
             own = facts(opened.metadata, file)
         if own is not None:
             losses[file] = own["val_loss"]
+    if not finished:
+        raise config.InputError(
+            f"{path}: no folder of a finished run (it holds no {RESULT}); finish it with vitmed.main, or choose another"
+        )
     if not losses:
-        raise config.InputError(f"{path}: no folder of a finished run (it holds no {FOLDER}/*.safetensors); finish it with vitmed.main")
+        raise config.InputError(f"{path}: gives out no weights (it holds no {FOLDER}/*.safetensors): all its seeds failed; choose another")
     return min(losses, key=lambda file: losses[file])

@@ -30,7 +30,12 @@ def find(path_or_name: str) -> pathlib.Path:
     if not is_name(path_or_name):
         mend = "give an existing path, or a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
         raise config.InputError(f"{path_or_name!r}: no such file or folder{_meant(path_or_name)}; {mend}")
-    return _placed(path_or_name) or _cached(path_or_name) or _download(path_or_name)
+    if found := _placed(path_or_name) or _cached(path_or_name):
+        return found
+    owner = path_or_name.partition("/")[0]
+    if os.path.isdir(owner) and owner not in {name.partition("/")[0] for name in known.NAMES}:
+        raise config.InputError(f"{path_or_name!r}: no such file or folder in the folder {owner}; give an existing path")
+    return _download(path_or_name)
 
 
 def is_name(text: str) -> bool:

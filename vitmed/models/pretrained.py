@@ -61,12 +61,17 @@ def from_pretrained(
     """A model and its float32 parameters from a file, a run's folder or a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k.
 
     The length of `image_size` and `patch_size` is the rank. `num_classes=None` keeps the file's classifier, or gives features [B, D]
-    where it has none; a number gives a fresh one of zeros. Call `model.apply({"params": params}, images)` with images [B, *S, C] float32
-    that are normalised by `preprocessing(path_or_name)`. `in_channels=1` on RGB weights equals a gray image given to all three.
-    `num_heads` is needed where the file does not tell and width / 64 is wrong. `kernel_size` are the pixels that a token is computed from,
-    the patch's unless given. `inflation` and `depth_positions` say how 2D weights come to depth, `position_resize` how positions come to
-    another grid: see `resample`. What was loaded, resized, fresh and ignored is said on stderr. InputError for whatever does not fit.
+    where it has none; a number gives a fresh one of zeros, 0 features. Call `model.apply({"params": params}, images)` with images
+    [B, *S, C] float32 that are normalised by `preprocessing(path_or_name)`. `in_channels=1` on RGB weights equals a normalised gray image
+    given to all three channels; where mean and std differ by colour, normalise it by their averages. `num_heads` is needed where the file
+    does not tell and width / 64 is wrong. `kernel_size` are the pixels that a token is computed from, the patch's unless given.
+    `inflation` and `depth_positions` say how 2D weights come to depth, `position_resize` how positions come to another grid: see
+    `resample`. What was loaded, resized, fresh and ignored is said on stderr. InputError for whatever does not fit.
     """
+    config.require(in_channels >= 1, "in_channels", in_channels, "at least 1")
+    config.require(num_classes is None or num_classes >= 0, "num_classes", num_classes, "None, 0 or more")
+    for name, sizes in (("image_size", image_size), ("patch_size", patch_size), ("kernel_size", kernel_size or patch_size)):
+        config.require(isinstance(sizes, tuple | list), name, sizes, "a tuple with one entry per axis")
     weights = weights_lib.describe(path_or_name, num_heads=num_heads)
     weights = dataclasses.replace(weights, architecture=build.pooled(weights.architecture, pooling))
     params, report = load(
@@ -81,7 +86,7 @@ def from_pretrained(
         position_resize=position_resize,
     )
     print(f"vitmed: {weights.path.name}: {report}", file=sys.stderr)
-    classes = weights.num_classes if num_classes is None else num_classes
+    classes = weights.num_classes if num_classes is None else num_classes or None
     sizes = {"patch_size": tuple(patch_size), "kernel_size": kernel_size and tuple(kernel_size)}
     return build.model(weights.architecture, **sizes, num_classes=classes), params
 
@@ -104,16 +109,18 @@ def load(
     the classifier is missing, has another shape, or is not finite.
     """
     grid = cost.grid(image_size, patch_size, kernel_size)
+    config.one_of("inflation", inflation, resample.INFLATIONS)
+    config.one_of("depth_positions", depth_positions, resample.DEPTH_POSITIONS)
     config.one_of("position_resize", position_resize, resample.POSITION_RESIZES)
     whole = resample.uncut_grid(image_size, patch_size, kernel_size) if position_resize == "cut" else grid
     if len(image_size) not in (2, 3):
         raise config.InputError(f"image_size {image_size} has {len(image_size)} axes; weights are for 2 or 3")
     keep = num_classes is None
-    classes = weights.num_classes if keep else num_classes
+    classes = weights.num_classes if keep else num_classes or None
     model = build.model(weights.architecture, patch_size=patch_size, kernel_size=kernel_size, num_classes=classes)
     init = jax.eval_shape(lambda: build.initialise(model, jax.random.key(0), image_size=image_size, in_channels=in_channels))
     params, used, fresh = {}, [], []
-    with tensors.opened(weights.path) as file:
+    with tensors.opened(weights.path) as file, np.errstate(over="ignore"):  # what grows beyond float32 is refused below
         found = names.to_timm(file.tensors)
         for path, leaf in traverse_util.flatten_dict(init).items():
             name = exported.timm_name(path, distilled="dist_token" in found)
@@ -135,6 +142,8 @@ def load(
                     values = values + _read(weights.path, found, weights_lib.POSITIONS)[0, :1]
             if values.shape != leaf.shape:
                 raise config.InputError(f"{weights.path}: {name} has shape {list(values.shape)}; expected {list(leaf.shape)}")
+            if name in (weights_lib.KERNEL, weights_lib.POSITIONS) and not np.isfinite(values).all():
+                raise config.InputError(f"{weights.path}: {name} is too large to be resized in float32; take an undamaged file")
             params[path] = jnp.asarray(values)
             used.append(name)
     ignored = _ignored(weights.path, found, used)

@@ -56,6 +56,8 @@ def describe(path_or_name: str, *, num_heads: int | None = None, expected: build
     kernel = found[KERNEL].shape
     if len(kernel) not in (4, 5):
         raise config.InputError(f"{path}: {KERNEL} has shape {list(kernel)}; expected [width, channels, height, width] or one axis more")
+    if 0 in kernel:
+        raise config.InputError(f"{path}: {KERNEL} has shape {list(kernel)}, which holds nothing; take an undamaged file")
     width, in_channels, *kernel_size = kernel
     if expected is not None:
         _check_sizes(path, width, _depth(found), expected)
