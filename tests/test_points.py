@@ -5,7 +5,7 @@ import types
 import pytest
 
 from vitmed import config
-from vitmed.study import points
+from vitmed.study import points, tables
 
 SWEEP = [{"dataset": "a2d", "patch": patch} for patch in (28, 7, 4)] + [{"dataset": "b3d", "patch": patch} for patch in (14, 7)]
 POINTS = points.of_sweep(types.SimpleNamespace(__file__="own.py", sweep=lambda: SWEEP))
@@ -67,3 +67,19 @@ def test_points_without_a_key_are_left_out():
     mixed = [points.Point({"dataset": "a"}), points.Point({"dataset": "a", "patch": "7"})]
     assert points.selected(mixed, "patch=7") == mixed[1:]
     assert points.selected(mixed, "dataset=a") == mixed
+
+
+def result_of(patch, tokens, dataset="breastmnist"):
+    spread = {"balanced_accuracy": [0.5, 0.7], "auc": [None, 0.75]}
+    sizes = {"patch_size": [patch, patch], "num_tokens": tokens, "train_seconds": 3.0, "test_milliseconds_per_image": 0.5}
+    return {"dataset": dataset, **sizes, "seeds": [0, 1], "failed_seeds": [], "test": spread}
+
+
+@pytest.mark.parametrize(("second", "shown"), [(14, False), (28, True)])
+def test_the_table_names_points_that_data_set_and_patch_do_not_tell_apart(second, shown):
+    table = tables.of_results(points.ordered({"one": result_of(second, 5), "other": result_of(28, 2)}))
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["tokens"] == ["2", "5"]
+    assert columns["balanced accuracy"] == ["0.600 ± 0.141"] * 2
+    assert columns["AUC"] == ["0.750"] * 2
+    assert columns.get("point") == (["other", "one"] if shown else None)

@@ -59,7 +59,7 @@ def run(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
         planned = experiment.plan(config, experiment.recorded_network(run_folder))
         forecast.require_fit(planned, machine.device())
         result = experiment.run(planned, run_folder)
-    tables.show(tables.of_results([result]))
+    tables.show(tables.of_results({workdir.name: result}))
     if result["failed_seeds"]:
         print(f"vitmed: {workdir}: failed seeds {', '.join(map(str, result['failed_seeds']))}", file=sys.stderr)
     return 1 if result["failed_seeds"] else 0

@@ -168,7 +168,8 @@ def run(sweep: Sweep) -> int:
             faults[entry.name] = _record(entry.run_folder, status, said)
         _say_progress(sweep.entries, results, faults)
     if any(results):
-        tables.show(tables.of_results(points.ordered([result for result in results if result])))
+        named = {entry.name: result for entry, result in zip(sweep.entries, results, strict=True) if result}
+        tables.show(tables.of_results(points.ordered(named)))
     faults |= {entry.name: fault for entry, result in zip(sweep.entries, results, strict=True) if result and (fault := _fault_of(result))}
     for name, fault in faults.items():
         print(f"vitmed: {name}: {fault}", file=sys.stderr)

@@ -102,6 +102,6 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     return {name for name in flat[0] if any(one.get(name) != flat[0][name] for one in flat)}
 
 
-def ordered(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Results by data set, then from the coarsest patch to the finest."""
-    return sorted(results, key=lambda result: (result["dataset"], result["num_tokens"]))
+def ordered(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Results by their points' names: by data set, then from the coarsest patch to the finest."""
+    return dict(sorted(results.items(), key=lambda named: (named[1]["dataset"], named[1]["num_tokens"])))

@@ -33,15 +33,16 @@ def row(result: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def of_results(results: Sequence[Mapping[str, Any]]) -> rich.table.Table:
-    """The table of several runs; its caption says over how many seeds."""
-    counts = sorted({len(result["seeds"]) - len(result["failed_seeds"]) for result in results})
+def of_results(results: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
+    """The table of runs by name; its caption says over how many seeds. Names are shown where data set and patch do not tell runs apart."""
+    counts = sorted({len(result["seeds"]) - len(result["failed_seeds"]) for result in results.values()})
+    alike = len({(result["dataset"], *result["patch_size"]) for result in results.values()}) < len(results)
     seeds = f"{counts[0]} seed{'s' if counts[0] != 1 else ''}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     table = rich.table.Table(caption=f"test split, mean ± standard deviation over {seeds}; training seconds of all seeds together")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "data set" else "right")
-    for result in results:
-        table.add_row(*row(result))
+    for column in ("point",) * alike + COLUMNS:
+        table.add_column(column, justify="left" if column in ("point", "data set") else "right", overflow="fold")
+    for name, result in results.items():
+        table.add_row(*(name,) * alike, *row(result))
     return table
 
 
