@@ -19,19 +19,15 @@ import ml_collections
 
 from vitmed import config as config_lib
 
+RECIPE = pathlib.Path(__file__).with_name("vit3d.py")
 DATASETS = ("fracturemnist3d",)
 PATCHES = ("7", "2x7x7", "1x7x7", "7x4x4", "7x2x2", "7x1x1", "14", "2x14x14", "1x14x14", "14x4x4", "14x2x2", "14x1x1")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    defaults = {"dataset": "fracturemnist3d", "patch": (7,), "variant": "vit_ti", "size": 28, "pretrained": "default"}
-    given = config_lib.arguments(arg, **defaults, inflation="average")
-    inflation = given.pop("inflation")
-    given["patch"] = config_lib.patch_text(given["patch"])
-    recipe = pathlib.Path(__file__).with_name("vit3d.py")
-    config = config_lib.load(f"{recipe}:{','.join(f'{key}={value}' for key, value in given.items())}")
-    config.model.inflation = inflation
+    config, given = config_lib.extended(RECIPE, arg, inflation="average")
+    config.model.inflation = given["inflation"]
     return config
 
 

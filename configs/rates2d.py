@@ -13,18 +13,14 @@ import ml_collections
 
 from vitmed import config as config_lib
 
+RECIPE = pathlib.Path(__file__).with_name("vit2d.py")
 DATASETS = ("breastmnist",)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    defaults = {"dataset": "breastmnist", "patch": (7,), "variant": "vit_ti", "size": 28, "pretrained": "default"}
-    given = config_lib.arguments(arg, **defaults, rate=1e-4)
-    rate = given.pop("rate")
-    given["patch"] = config_lib.patch_text(given["patch"])
-    recipe = pathlib.Path(__file__).with_name("vit2d.py")
-    config = config_lib.load(f"{recipe}:{','.join(f'{key}={value}' for key, value in given.items())}")
-    config.train.learning_rate = rate
+    config, given = config_lib.extended(RECIPE, arg, rate=1e-4)
+    config.train.learning_rate = given["rate"]
     return config
 
 

@@ -20,6 +20,7 @@ import ml_collections
 
 from vitmed import config as config_lib
 
+RECIPE = pathlib.Path(__file__).with_name("vit3d.py")
 DATASETS = ("fracturemnist3d",)
 # Departure -> the fields that it sets.
 DEPARTURES = {
@@ -31,12 +32,8 @@ DEPARTURES = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    defaults = {"dataset": "fracturemnist3d", "patch": (7,), "variant": "vit_ti", "size": 28, "pretrained": "default"}
-    given = config_lib.arguments(arg, **defaults, departure="none")
-    departure = config_lib.one_of("config argument departure", given.pop("departure"), ("none", "all", *DEPARTURES))
-    given["patch"] = config_lib.patch_text(given["patch"])
-    recipe = pathlib.Path(__file__).with_name("vit3d.py")
-    config = config_lib.load(f"{recipe}:{','.join(f'{key}={value}' for key, value in given.items())}")
+    config, given = config_lib.extended(RECIPE, arg, departure="none")
+    departure = config_lib.one_of("config argument departure", given["departure"], ("none", "all", *DEPARTURES))
     for name, fields in DEPARTURES.items():
         if departure in (name, "all"):
             config.update_from_flattened_dict(fields)

@@ -16,18 +16,14 @@ import ml_collections
 
 from vitmed import config as config_lib
 
+RECIPE = pathlib.Path(__file__).with_name("vit2d.py")
 DATASETS = ("breastmnist",)
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    defaults = {"dataset": "breastmnist", "patch": (16,), "variant": "vit_ti", "size": 28, "pretrained": "default"}
-    given = config_lib.arguments(arg, **defaults, resize=112)
-    resize = given.pop("resize")
-    given["patch"] = config_lib.patch_text(given["patch"])
-    recipe = pathlib.Path(__file__).with_name("vit2d.py")
-    config = config_lib.load(f"{recipe}:{','.join(f'{key}={value}' for key, value in given.items())}")
-    config.data.resize = resize
+    config, given = config_lib.extended(RECIPE, f"patch=16,{arg}", resize=112)
+    config.data.resize = given["resize"]
     return config
 
 

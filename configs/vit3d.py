@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run: the 2D recipe with what the study does otherwise in 3D."""
     given = config_lib.arguments(arg, dataset="fracturemnist3d", patch=(7,), variant="vit_ti", size=28, pretrained="default")
     recipe = pathlib.Path(__file__).with_name("vit2d.py")
-    config = config_lib.load(f"{recipe}:variant={given['variant']},pretrained={given['pretrained']}")
+    config = config_lib.from_file(recipe, f"variant={given['variant']},pretrained={given['pretrained']}")
     config.data.update(name=given["dataset"], rank=3, size=given["size"])
     config.model.patch_size = given["patch"]
     config.train.update(epochs=20, learning_rate=1e-5)

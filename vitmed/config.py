@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib.util
 import math
+import os
 import pathlib
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,14 +88,30 @@ def errors_of(file: pathlib.Path) -> Iterable[None]:
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
     """The config of `file.py` or `file.py:arguments` (only the first colon splits), with `field=value` overrides on top."""
     path, _, argument = spec.partition(":")
-    module = load_module(path)
-    with errors_of(find_file(path)):
-        config = module.get_config(argument)
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise InputError(f"--config={path}: get_config gave {type(config).__name__}; it must return an ml_collections.ConfigDict")
+    config = from_file(path, argument)
     for field, text in (overrides or {}).items():
         override(config, field, text)
     return config
+
+
+def from_file(path: str | os.PathLike, argument: str = "") -> ml_collections.ConfigDict:
+    """The config that a file gives for its argument."""
+    module = load_module(str(path))
+    with errors_of(find_file(str(path))):
+        config = module.get_config(argument)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(f"--config={path}: get_config gave {type(config).__name__}; it must return an ml_collections.ConfigDict")
+    return config
+
+
+def extended(path: str | os.PathLike, argument: str, **own: Any) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """(the config of another file, values): of the arguments those that are the `own` ones of a file built on it, the rest are the other's.
+
+    `own` has the defaults, as `arguments` takes them.
+    """
+    items = [item for item in argument.split(",") if item]
+    mine = [item for item in items if item.partition("=")[0] in own]
+    return from_file(path, ",".join(item for item in items if item not in mine)), arguments(",".join(mine), **own)
 
 
 def arguments(text: str, **defaults: Any) -> dict[str, Any]:
