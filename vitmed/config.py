@@ -20,6 +20,16 @@ class InputError(ValueError):
     """Wrong input: one line that says what came, what is allowed and how to mend it; exit status 2, nothing written."""
 
 
+class UnknownArgumentError(InputError):
+    """A config file's argument that it does not have; `allowed` are those that it has."""
+
+    def __init__(self, item: str, allowed: Iterable[str]):
+        key, separator, _ = item.partition("=")
+        comma = "" if separator else "; a value that holds a comma goes into --config.FIELD=VALUE"
+        super().__init__(f"config argument {key!r} is unknown; {nearest(key, allowed)}{comma}")
+        self.item, self.allowed = item, tuple(allowed)
+
+
 class MachineError(RuntimeError):
     """Trouble of the machine, not of the input (disk full, folder locked, no network): one line; exit status 1."""
 
@@ -111,7 +121,11 @@ def extended(path: str | os.PathLike, argument: str, **own: Any) -> tuple[ml_col
     """
     items = [item for item in argument.split(",") if item]
     mine = [item for item in items if item.partition("=")[0] in own]
-    return from_file(path, ",".join(item for item in items if item not in mine)), arguments(",".join(mine), **own)
+    values = arguments(",".join(mine), **own)
+    try:
+        return from_file(path, ",".join(item for item in items if item not in mine)), values
+    except UnknownArgumentError as error:
+        raise UnknownArgumentError(error.item, (*error.allowed, *own)) from error
 
 
 def arguments(text: str, **defaults: Any) -> dict[str, Any]:
@@ -120,8 +134,7 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
     for item in filter(None, text.split(",")):
         key, separator, value = item.partition("=")
         if key not in defaults:
-            comma = "" if separator else "; a value that holds a comma goes into --config.FIELD=VALUE"
-            raise InputError(f"config argument {key!r} is unknown; {nearest(key, defaults)}{comma}")
+            raise UnknownArgumentError(item, defaults)
         if not separator:
             raise InputError(f"config argument {key!r} has no value; write {key}={_example(defaults[key])}")
         values[key] = parse(f"config argument {key}", value, defaults[key])
