@@ -119,7 +119,8 @@ def costs(data_set: analysis.DataSet) -> Table:
     header = ("", "tokens", "GMACs", "training s, all seeds", "ms / test image", "peak GiB", "last training loss")
     header += ("best validation loss", "Brier score", "expected calibration error")
     devices = ", ".join(dict.fromkeys(member.subject.run.result["device"] for member in members))
-    return Table(f"{title(data_set)}: cost, losses and calibration", f"{seeds_text(members)}, on {devices}.", header, tuple(rows))
+    caption = f"{data_set.num_images:,} test images, {seeds_text(members)}, on {devices}."
+    return Table(f"{title(data_set)}: cost, losses and calibration", caption, header, tuple(rows))
 
 
 def last_training_losses(member: analysis.Measured) -> list[float | None]:
