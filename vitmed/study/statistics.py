@@ -2,7 +2,9 @@
 
 Intervals over images alone forget that another seed gives another model, intervals over seeds alone that other patients give other images:
 both are drawn anew, crossed (every drawn seed is measured on the same drawn images). That errs on the wide side where seeds hardly differ
-(Owen 2007), on the narrow side where a few differ much more than images do; docs/report.md has figures. `R` seeds, `N` images, `L` labels, `K` classes, `b` resamples of a chunk.
+(Owen 2007), on the narrow side where a few differ much more than images do; docs/report.md has figures.
+
+`R` seeds, `N` images, `L` labels, `K` classes, `b` resamples of a chunk.
 """
 
 import dataclasses
