@@ -210,6 +210,16 @@ def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):
     assert [(run.subject.patch, run.subject.run.config["train.learning_rate"]) for run in chosen.runs] == [("28", 3e-5), ("7", 3e-5)]
 
 
+def test_a_chosen_run_is_not_held_against_itself(tmp_path):
+    for rate, skill in ((1e-5, 3.0), (1e-4, 0.5)):
+        made_runs.write(tmp_path / f"{rate}", patch="7", skill=skill, train__learning_rate=rate)
+    (one,) = study(tmp_path).data_sets
+    assert one.series[0].runs[0].subject.run.config["train.learning_rate"] == 1e-5
+    chosen = next(series for series in one.series if series.name == subjects.CHOSEN)
+    assert chosen.runs[0].subject.runs == one.series[0].runs[0].subject.runs
+    assert chosen.against_plain == ()
+
+
 def test_where_rates_do_not_vary_none_is_chosen(patches):
     assert subjects.chosen_rates(subjects.of_runs(collection.collect([patches])[0])) == []
 

@@ -127,4 +127,5 @@ def counterparts(plain: Sequence[subjects.Subject], other: Sequence[subjects.Sub
     by_patch = {subject.patch: subject for subject in plain}
     by_tokens = {subject.run.result["num_tokens"]: subject for subject in plain}
     pairs = [(subject, by_patch.get(subject.patch) or by_tokens.get(subject.run.result["num_tokens"])) for subject in other]
-    return corrected([one for subject, same in pairs if same is not None for one in resampler.compare(subject, same)])
+    different = [(subject, same) for subject, same in pairs if same is not None and same.runs != subject.runs]  # a chosen run may be plain
+    return corrected([one for subject, same in different for one in resampler.compare(subject, same)])
