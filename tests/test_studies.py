@@ -211,10 +211,10 @@ def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):
 
 
 def test_a_chosen_run_is_not_held_against_itself(tmp_path):
-    for rate, skill in ((1e-5, 3.0), (1e-4, 0.5)):
+    for rate, skill in ((1e-4, 3.0), (1e-5, 0.5)):
         made_runs.write(tmp_path / f"{rate}", patch="7", skill=skill, train__learning_rate=rate)
     (one,) = study(tmp_path).data_sets
-    assert one.series[0].runs[0].subject.run.config["train.learning_rate"] == 1e-5
+    assert one.series[0].runs[0].subject.run.config["train.learning_rate"] == 1e-4
     chosen = next(series for series in one.series if series.name == subjects.CHOSEN)
     assert chosen.runs[0].subject.runs == one.series[0].runs[0].subject.runs
     assert chosen.against_plain == ()
