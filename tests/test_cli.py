@@ -282,7 +282,7 @@ def test_a_sweep_runs_every_point_and_names_the_failed(two_points, tmp_path, cap
 
 def test_a_sweep_refuses_to_override_what_it_varies(tmp_path, capsys):
     line = refused(capsys, tmp_path, f"--config={QUICKSTART}", "--sweep", f"--workdir={tmp_path / 's'}", "--config.model.patch_size=14")
-    assert "model.patch_size: the sweep varies it" in line
+    assert "model.patch_size: the sweep sets it" in line
 
 
 def test_a_signal_stops_a_sweep_and_its_point(two_points, tmp_path):

@@ -141,7 +141,7 @@ def test_a_fault_is_named_and_the_rest_is_reported(roots, tmp_path, capsys):
         (["--workdir={empty}", "--out={out}"], "no finished run there"),
         (["--workdir={empty}/absent", "--out={out}"], "no such folder"),
         (["--workdir={roots}", "--out={file}"], "is a file where a folder should be"),
-        (["--workdir={roots}", "--out={out}", "--ensemble=4,2"], "breastmnist has 28, 4, 7"),
+        (["--workdir={roots}", "--out={out}", "--ensemble=4,2"], "breastmnist has 28, 7, 4"),
         (["--workdir={roots}", "--out={out}", "--ensemble=7"], "two patch sizes or more"),
         (["--workdir={roots}", "--out={out}", "--config.seeds=1"], "takes no overrides"),
         (["--workdir={roots}"], "--out"),
@@ -227,3 +227,73 @@ def test_what_is_not_ours_is_escaped(tmp_path):
     made_runs.write(tmp_path / "runs" / "<script>alert(1)<", patch="7")
     assert run(f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}") == 0
     assert "<script>alert" not in pathlib.Path(tmp_path / "out" / "index.html").read_text()
+
+
+def test_empty_folders_are_refused(capsys, roots, tmp_path):
+    assert run("--workdir=", f"--out={tmp_path / 'out'}") == 2
+    assert run(f"--workdir={roots}", "--out=") == 2
+    assert capsys.readouterr().err.splitlines() == ["vitmed: --workdir=: must be a folder", "vitmed: --out=: must be a folder"]
+
+
+def test_a_file_in_the_place_of_a_subfolder_is_found_before_anything_is_written(roots, tmp_path):
+    (tmp_path / "figures").write_text("")
+    assert run(f"--workdir={roots}", f"--out={tmp_path}") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+
+
+def test_figures_of_an_earlier_report_go_and_files_of_others_stay(roots, tmp_path):
+    out = tmp_path / "out"
+    assert run(f"--workdir={roots}", f"--out={out}", "--medmnist") == 0
+    (out / "figures" / "mine.png").write_text("")
+    assert run(f"--workdir={roots / 'breast7'}", f"--out={out}") == 0
+    there = {path.name for path in (out / "figures").glob("*.png")}
+    kinds = ("learning", "confusion", "roc", "calibration")
+    assert there == {"mine.png", "patch_size.png", "cost.png", *(f"breastmnist_{kind}.png" for kind in kinds)}
+    assert list((out / "medmnist").iterdir()) == []
+
+
+def test_runs_in_folders_of_one_name_keep_files_of_their_own(tmp_path):
+    for rate in (1e-4, 1e-5):
+        made_runs.write(tmp_path / f"{rate}" / "run", patch="7", train__learning_rate=rate)
+    assert run(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", "--medmnist") == 0
+    assert len(list((tmp_path / "out" / "medmnist").iterdir())) == 2 * 3
+
+
+def test_the_working_folder_is_called_by_its_name(tmp_path, monkeypatch):
+    made_runs.write(tmp_path / "breast7", patch="7")
+    monkeypatch.chdir(tmp_path / "breast7")
+    assert run("--workdir=.", f"--out={tmp_path / 'out'}") == 0
+    rows = csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text()))
+    assert {row["run"] for row in rows} == {"breast7"}
+
+
+def test_an_ensemble_that_no_series_has_is_refused(capsys, roots, tmp_path):
+    made_runs.write(tmp_path / "a", patch="7")
+    made_runs.write(tmp_path / "b", patch="28")
+    made_runs.write(tmp_path / "c", patch="4", train__learning_rate=1e-5)
+    assert run(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}", "--ensemble=7,4") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "breastmnist has 28, 7; breastmnist, learning rate 1e-05 has 4" in line
+
+
+def test_signs_that_have_a_meaning_elsewhere_are_shown_as_they_are(tmp_path):
+    """$ begins a formula for matplotlib, * and < mean something in Markdown."""
+    made_runs.write(tmp_path / "a", patch="7")
+    made_runs.write(tmp_path / "b", patch="7", model__pretrained="runs/$x_*<b>$")
+    made_runs.write(tmp_path / "c", patch="28")
+    out = tmp_path / "out"
+    assert run(f"--workdir={tmp_path}", f"--out={out}") == 0
+    assert "pretrained $x_*&lt;b&gt;$" in (out / "figures" / "patch_size.svg").read_text()
+    assert r"pretrained $x\_\*\<b\>$" in (out / "results.md").read_text()
+
+
+def test_an_area_that_hardly_any_resample_has_gets_no_interval(tmp_path):
+    """A label that one image has is drawn in 63 % of resamples; with five such, all in 10 %."""
+    labels = np.zeros((40, 5), np.int64)
+    labels[np.arange(5), np.arange(5)] = 1
+    for patch in ("28", "7"):
+        made_runs.write(tmp_path / patch, dataset="chestmnist", task="multi-label", patch=patch, labels=labels)
+    assert run(f"--workdir={tmp_path}", f"--out={tmp_path / 'out'}") == 0
+    scores = (tmp_path / "out" / "results.md").read_text().partition("paired differences")
+    assert "| AUC |" not in scores[2]
+    assert "| balanced accuracy |" in scores[2]

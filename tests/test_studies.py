@@ -1,6 +1,8 @@
 """Runs read back from folders, sorted into series, made into ensembles and compared."""
 
+import dataclasses
 import json
+import shutil
 
 import made_runs
 import numpy as np
@@ -9,13 +11,13 @@ from scipy import stats
 
 from vitmed import config as config_lib
 from vitmed import metrics
-from vitmed.study import analysis, collection, comparisons, subjects
+from vitmed.study import analysis, collection, comparisons, series, subjects, summary
 
 RESAMPLES = 200
 
 
 def study(root, **options):
-    runs, faults = collection.collect([root])
+    runs, faults = series.collect([root])
     return analysis.analyse(runs, faults=faults, **({"resamples": RESAMPLES} | options))
 
 
@@ -29,7 +31,7 @@ def patches(tmp_path_factory):
 
 
 def test_runs_come_back_from_the_coarsest_patch_to_the_finest(patches):
-    runs, faults = collection.collect([patches])
+    runs, faults = series.collect([patches])
     assert faults == []
     assert [run.patch for run in runs] == ["28", "14", "7", "4"]
     assert [run.name for run in runs] == ["patch 28", "patch 14", "patch 7", "patch 4"]
@@ -37,13 +39,14 @@ def test_runs_come_back_from_the_coarsest_patch_to_the_finest(patches):
 
 
 def test_a_folder_given_twice_is_read_once(patches):
-    runs, faults = collection.collect([patches, patches / "p7"])
+    runs, faults = series.collect([patches, patches / "p7"])
     assert (len(runs), faults) == (4, [])
 
 
 def test_failed_seeds_are_left_out(tmp_path):
     made_runs.write(tmp_path / "a", seeds=(3, 4, 5), failed=(4,))
-    (run,), _ = collection.collect([tmp_path])
+    (run,), faults = series.collect([tmp_path])
+    assert faults == [f"{tmp_path / 'a'}: left out: failed seeds 4"]
     assert run.seeds == (3, 5)
     assert np.isfinite(run.probabilities).all()
     assert run.of_seeds("test", "auc") == [run.result["test"]["auc"][0], run.result["test"]["auc"][2]]
@@ -72,15 +75,34 @@ def spoil(path, kind):
         config = path / "config.json"
         config.write_text(config.read_text().replace("0.05", "0.07"))
         return "not of the run that config.json describes"
+    if kind == "failed":
+        result.unlink()
+        (path / "failure.json").write_text(json.dumps({"ended": "exit status 1", "said": "the disk is full"}))
+        return "failed: exit status 1: the disk is full; mend that and run it again"
+    if kind == "only failed":
+        shutil.rmtree(path)
+        path.mkdir()
+        (path / "failure.json").write_text(json.dumps({"ended": "killed by SIGKILL", "said": None}))
+        return "failed: killed by SIGKILL"
+    if kind == "labels":
+        file = dict(np.load(path / "predictions" / "test.npz"))
+        np.savez(path / "predictions" / "test.npz", **(file | {"labels": file["labels"] + 1}))
+        return "labels from 1 to 2, its task has 0 to 1"
+    if kind == "epochs":
+        (path / "metrics.jsonl").write_text('{"epoch": 1, "val": {"loss": [1, 1, 1]}}\n')
+        return "metrics.jsonl line 1 has no train_loss of 3 seeds"
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ["half-written", "newer", "truncated", "no predictions", "no config", "other config"])
+SPOILT = ["half-written", "newer", "truncated", "no predictions", "no config", "other config", "failed", "only failed", "labels", "epochs"]
+
+
+@pytest.mark.parametrize("kind", SPOILT)
 def test_a_spoilt_folder_is_named_and_the_rest_is_read(tmp_path, kind):
     for patch in ("28", "7"):
         made_runs.write(tmp_path / f"p{patch}", patch=patch)
     said = spoil(tmp_path / "p7", kind)
-    runs, (fault,) = collection.collect([tmp_path])
+    runs, (fault,) = series.collect([tmp_path])
     assert [run.patch for run in runs] == ["28"]
     assert fault.startswith(f"{tmp_path / 'p7'}: ")
     assert said in fault
@@ -89,13 +111,13 @@ def test_a_spoilt_folder_is_named_and_the_rest_is_read(tmp_path, kind):
 
 def test_nothing_finished_is_an_input_error(tmp_path):
     with pytest.raises(config_lib.InputError, match="no finished run there; train some"):
-        collection.collect([tmp_path])
+        series.collect([tmp_path])
     with pytest.raises(config_lib.InputError, match="no such folder"):
-        collection.collect([tmp_path / "absent"])
+        series.collect([tmp_path / "absent"])
     made_runs.write(tmp_path / "a")
     (tmp_path / "a" / "result.json").unlink()
     with pytest.raises(config_lib.InputError, match="not finished"):
-        collection.collect([tmp_path])
+        series.collect([tmp_path])
 
 
 def test_other_labels_and_twins_are_left_out(tmp_path):
@@ -104,18 +126,60 @@ def test_other_labels_and_twins_are_left_out(tmp_path):
         made_runs.write(tmp_path / f"p{patch}", patch=patch, labels=labels)
     made_runs.write(tmp_path / "other", patch="7", labels=1 - labels)
     made_runs.write(tmp_path / "twin", patch="14", seeds=(5,), labels=labels)
-    runs, faults = collection.collect([tmp_path])
+    runs, faults = series.collect([tmp_path])
     assert [run.path.name for run in runs] == ["p28", "p14"]
     assert "other data" in faults[0]
-    assert "has the same settings and 3 seeds" in faults[1]
+    assert "has the same settings and 3 seeds; seeds of several runs are not pooled" in faults[1]
 
 
 def test_series_are_named_by_the_settings_that_are_odd(tmp_path):
     for patch in ("28", "7"):
         made_runs.write(tmp_path / f"plain{patch}", patch=patch)
     made_runs.write(tmp_path / "slow", patch="7", train__learning_rate=3e-5)
-    runs, _ = collection.collect([tmp_path])
+    runs, _ = series.collect([tmp_path])
     assert [(run.series, run.patch) for run in runs] == [("", "28"), ("", "7"), ("learning rate 3e-05", "7")]
+
+
+def test_a_model_folder_of_others_is_no_run(tmp_path):
+    made_runs.write(tmp_path / "a")
+    (tmp_path / "dinov2").mkdir()
+    (tmp_path / "dinov2" / "config.json").write_text('{"model_type": "dinov2"}')
+    assert series.collect([tmp_path])[1] == []
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
+def test_of_equally_many_the_recipes_own_setting_is_the_plain_one(tmp_path, folders):
+    """Whatever the folders are called."""
+    made_runs.write(tmp_path / folders[0], patch="7")
+    made_runs.write(tmp_path / folders[1], patch="7", train__learning_rate=3e-5)
+    runs, _ = series.collect([tmp_path])
+    assert [run.series for run in runs] == ["", "learning rate 3e-05"]
+
+
+def test_a_setting_that_an_older_run_lacks_is_the_recipes(tmp_path):
+    made_runs.write(tmp_path / "old", patch="28")
+    made_runs.write(tmp_path / "new", patch="7")
+    runs, _ = collection.read_all([tmp_path])
+    older = {name: value for name, value in runs[0].config.items() if name != "model.position_resize"}
+    assert [run.series for run in series.named([dataclasses.replace(runs[0], config=older), runs[1]])] == ["", ""]
+
+
+def test_names_that_would_be_the_same_are_written_in_full(tmp_path):
+    for place in ("one", "other"):
+        made_runs.write(tmp_path / place, patch="7", model__pretrained=f"{place}/weights.npz")
+    made_runs.write(tmp_path / "plain", patch="7")
+    runs, faults = series.collect([tmp_path])
+    assert faults == []
+    assert [run.series for run in runs[1:]] == ["model.pretrained 'one/weights.npz'", "model.pretrained 'other/weights.npz'"]
+
+
+def test_where_no_run_is_plain_nothing_is_held_against_one(tmp_path):
+    for field, value in (("model__pooling", "mean"), ("train__learning_rate", 3e-5), ("train__batch_size", 16)):
+        made_runs.write(tmp_path / field, patch="28", **{field: value})
+    (one,) = study(tmp_path).data_sets
+    assert one.plain is None
+    assert not any(each.against_plain for each in one.series)
+    assert any("No run has all the usual settings" in sentence for sentence in summary.of_data_set(one))
 
 
 def test_an_ensemble_is_the_mean_probability_of_each_seed(patches):
@@ -136,7 +200,7 @@ def test_an_ensemble_is_the_mean_probability_of_each_seed(patches):
 def test_ensembles_take_the_papers_patches_that_are_there_or_those_asked_for(tmp_path):
     for patch in ("28", "4", "2"):
         made_runs.write(tmp_path / f"p{patch}", patch=patch)
-    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    members = subjects.of_runs(series.collect([tmp_path])[0])
     assert [one.patch for one in subjects.ensembles(members)] == ["4+2", "28+4+2"]
     assert [one.patch for one in subjects.ensembles(members, [("28", "2"), ("4", "1")])] == ["28+2"]
 
@@ -144,7 +208,7 @@ def test_ensembles_take_the_papers_patches_that_are_there_or_those_asked_for(tmp
 def test_an_ensemble_takes_the_common_seeds(tmp_path):
     made_runs.write(tmp_path / "a", patch="28", seeds=(0, 1, 2))
     made_runs.write(tmp_path / "b", patch="7", seeds=(2, 1, 7))
-    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    members = subjects.of_runs(series.collect([tmp_path])[0])
     made = subjects.ensemble(members)
     assert made.seeds == (1, 2)
     expected = (members[0].probabilities[1].astype(float) + members[1].probabilities[1]) / 2  # seed 1 of each
@@ -154,21 +218,21 @@ def test_an_ensemble_takes_the_common_seeds(tmp_path):
 def test_an_ensemble_over_data_sets_is_refused(tmp_path):
     made_runs.write(tmp_path / "a")
     made_runs.write(tmp_path / "b", dataset="pneumoniamnist")
-    members = subjects.of_runs(collection.collect([tmp_path])[0])
+    members = subjects.of_runs(series.collect([tmp_path])[0])
     with pytest.raises(config_lib.InputError, match=r"pneumoniamnist.*different ones; take one data set"):
         subjects.ensemble(members)
 
 
 def test_gains_are_differences_of_means_with_holms_correction(patches):
     (one,) = study(patches).data_sets
-    series = one.series[0]
-    gains = [gain for gain in series.gains if gain.metric == "balanced_accuracy"]
+    plain = one.series[0]
+    gains = [gain for gain in plain.gains if gain.metric == "balanced_accuracy"]
     assert [(gain.first.patch, gain.second.patch) for gain in gains] == [("14", "28"), ("7", "28"), ("4", "28")]
-    means = {member.subject.patch: np.mean(member.per_seed["balanced_accuracy"]) for member in series.runs}
+    means = {member.subject.patch: np.mean(member.per_seed["balanced_accuracy"]) for member in plain.runs}
     assert [gain.difference.estimate for gain in gains] == pytest.approx([means[p] - means["28"] for p in ("14", "7", "4")])
     assert all(gain.difference.low <= gain.difference.estimate <= gain.difference.high for gain in gains)
-    plain = [gain.difference.p_value for gain in gains]
-    assert [gain.adjusted for gain in gains][plain.index(min(plain))] == pytest.approx(min(1.0, 3 * min(plain)))
+    p_values = [gain.difference.p_value for gain in gains]
+    assert [gain.adjusted for gain in gains][p_values.index(min(p_values))] == pytest.approx(min(1.0, 3 * min(p_values)))
     assert gains[-1].difference.low > 0  # patch 4 is far better by construction
 
 
@@ -206,7 +270,7 @@ def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):
         for patch in ("28", "7"):
             made_runs.write(tmp_path / f"{rate}-{patch}", patch=patch, skill=skill, train__learning_rate=rate)
     (one,) = study(tmp_path).data_sets
-    chosen = next(series for series in one.series if series.name == subjects.CHOSEN)
+    chosen = next(each for each in one.series if each.name == subjects.CHOSEN)
     assert [(run.subject.patch, run.subject.run.config["train.learning_rate"]) for run in chosen.runs] == [("28", 3e-5), ("7", 3e-5)]
 
 
@@ -215,13 +279,59 @@ def test_a_chosen_run_is_not_held_against_itself(tmp_path):
         made_runs.write(tmp_path / f"{rate}", patch="7", skill=skill, train__learning_rate=rate)
     (one,) = study(tmp_path).data_sets
     assert one.series[0].runs[0].subject.run.config["train.learning_rate"] == 1e-4
-    chosen = next(series for series in one.series if series.name == subjects.CHOSEN)
+    chosen = next(each for each in one.series if each.name == subjects.CHOSEN)
     assert chosen.runs[0].subject.runs == one.series[0].runs[0].subject.runs
     assert chosen.against_plain == ()
 
 
+def test_rates_are_chosen_within_each_group_of_other_settings(tmp_path):
+    for pooling, best in (("auto", 1e-5), ("mean", 1e-4)):
+        for rate in (1e-5, 1e-4):
+            for patch in ("28", "7"):
+                path = tmp_path / f"{pooling}{rate}{patch}"
+                made_runs.write(path, patch=patch, skill=3.0 if rate == best else 0.5, train__learning_rate=rate, model__pooling=pooling)
+    runs, _ = series.collect([tmp_path])
+    chosen = [(one.series, one.patch, one.run.config["train.learning_rate"]) for one in subjects.chosen_rates(subjects.of_runs(runs))]
+    other = f"{subjects.CHOSEN}, pooling mean"
+    assert chosen == [(subjects.CHOSEN, "28", 1e-5), (subjects.CHOSEN, "7", 1e-5), (other, "28", 1e-4), (other, "7", 1e-4)]
+
+
+def test_a_rate_at_which_seeds_fail_is_not_chosen(tmp_path):
+    made_runs.write(tmp_path / "a", patch="7", skill=3.0, train__learning_rate=1e-4, failed=(1,))
+    made_runs.write(tmp_path / "b", patch="7", skill=0.5, train__learning_rate=1e-5)
+    (chosen,) = subjects.chosen_rates(subjects.of_runs(series.collect([tmp_path])[0]))
+    assert chosen.run.config["train.learning_rate"] == 1e-5
+
+
+def test_chosen_runs_come_from_the_coarsest_patch_to_the_finest(tmp_path):
+    for rate in (1e-5, 1e-4):
+        for patch in ("28", "7"):
+            better = (rate == 1e-4) == (patch == "7")
+            made_runs.write(tmp_path / f"{rate}{patch}", patch=patch, skill=3.0 if better else 0.5, train__learning_rate=rate)
+    assert [one.patch for one in subjects.chosen_rates(subjects.of_runs(series.collect([tmp_path])[0]))] == ["28", "7"]
+
+
+def test_a_set_at_two_sizes_counts_once(tmp_path):
+    for size in (28, 64):
+        for patch in ("28", "7"):
+            made_runs.write(tmp_path / f"{size}-{patch}", patch=patch, data__size=size)
+    found = study(tmp_path).across
+    assert {tuple(one.contrasts) for one in found} == {("breastmnist",)}
+    assert "breastmnist (patch 7 against 28)" in summary.across(found[0])
+
+
+@pytest.mark.parametrize(
+    ("adjusted", "words"), [(0.01, "patch 4 is better here"), (0.2, "not told apart once corrected"), (None, "better")]
+)
+def test_words_heed_holms_correction(patches, adjusted, words):
+    (one,) = study(patches).data_sets
+    clear = dataclasses.replace(one.series[0].gains[-1], adjusted=adjusted)
+    assert clear.difference.low > 0
+    assert words in summary.verdict(clear)
+
+
 def test_where_rates_do_not_vary_none_is_chosen(patches):
-    assert subjects.chosen_rates(subjects.of_runs(collection.collect([patches])[0])) == []
+    assert subjects.chosen_rates(subjects.of_runs(series.collect([patches])[0])) == []
 
 
 @pytest.mark.parametrize(("num_sets", "tells"), [(5, False), (6, True)])
@@ -231,8 +341,8 @@ def test_wilcoxon_needs_six_data_sets(tmp_path, num_sets, tells):
         made_runs.write(tmp_path / f"{name}28", dataset=name, patch="28", skill=0.2)
         made_runs.write(tmp_path / f"{name}2", dataset=name, patch="2", skill=2.0)
     found = next(one for one in study(tmp_path, resamples=100).across if one.metric == "balanced_accuracy")
-    assert set(found.differences) == set(names)
-    expected = stats.wilcoxon([one.estimate for one in found.differences.values()]).pvalue if tells else None
+    assert set(found.contrasts) == set(names)
+    expected = stats.wilcoxon([asked.difference.estimate for asked in found.contrasts.values()]).pvalue if tells else None
     assert found.p_value == (pytest.approx(expected) if tells else None)
 
 

@@ -168,8 +168,9 @@ def test_a_single_run_that_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
         (["--points=patch=7"], ["--points=patch=7", "--sweep or --list"]),
         (["--sweep", "--points=patch=5"], ["patch=5", "choose one of 28, 14, 7, 4"]),
         (["--sweep", "--points=pacth=7"], ["pacth", "did you mean patch"]),
-        (["--list", "--config.model.patch_size=7"], ["model.patch_size: the sweep varies it"]),
-        (["--sweep", "--points=patch=7", "--config.model.patch_size=7"], ["model.patch_size: the sweep varies it"]),
+        (["--list", "--config.data.name=bloodmnist"], ["data.name: the sweep sets it"]),
+        (["--list", "--config.model.patch_size=7"], ["model.patch_size: the sweep sets it"]),
+        (["--sweep", "--points=patch=7", "--config.model.patch_size=7"], ["model.patch_size: the sweep sets it"]),
         (["--list", "--config.train.epochs=0"], ["train.epochs=0"]),
     ],
 )

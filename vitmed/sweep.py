@@ -60,8 +60,8 @@ def read(spec: str, overrides: Mapping[str, str], *, selection: str | None, root
         raise config_lib.InputError(f"--config={spec}: with --sweep the points give the arguments; leave out :{argument}")
     every = points.of_sweep(config_lib.load_module(path))
     varied = points.varied([config_lib.load(f"{path}:{point.argument}").to_dict() for point in every])
-    for field in sorted(varied & overrides.keys()):
-        raise config_lib.InputError(f"--config.{field}: the sweep varies it; leave it out, or run one point without --sweep")
+    for field in sorted((varied | points.named(every)) & overrides.keys()):
+        raise config_lib.InputError(f"--config.{field}: the sweep sets it; leave it out, or run one point without --sweep")
     entries = []
     for point in every if selection is None else points.selected(every, selection):
         config = config_lib.load(f"{path}:{point.argument}", overrides)

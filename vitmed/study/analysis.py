@@ -38,13 +38,20 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """All series of one data set, the plain one first."""
+    """All series of one data set, the plain one first if there is one."""
 
     name: str
+    source: str  # its name whatever the size of its images
     task: str
     rank: int
+    num_pixels: int  # of an image as it is stored, along an axis
     num_images: int
     series: tuple[Series, ...]
+
+    @property
+    def plain(self) -> Series | None:
+        """The series with the usual settings, which the others are held against."""
+        return None if self.series[0].name else self.series[0]
 
     @property
     def synthetic(self) -> bool:
@@ -54,11 +61,14 @@ class DataSet:
 
 @dataclasses.dataclass(frozen=True)
 class Across:
-    """The plain series' contrasts of all data sets of one rank: Wilcoxon's signed-rank test, None with too few sets."""
+    """The plain series' contrasts of all data sets of one rank: Wilcoxon's signed-rank test, None with too few sets.
+
+    A data set at several image sizes is one set, not several: that of the smallest size stands for it.
+    """
 
     rank: int
     metric: str
-    differences: dict[str, statistics.Difference]
+    contrasts: dict[str, comparisons.Comparison]
     p_value: float | None
 
 
@@ -98,10 +108,11 @@ def _data_set(runs: Sequence[collection.Run], ensembles: Sequence[Sequence[str]]
     groups: dict[str, list[subjects.Subject]] = {}
     for member in [*members, *subjects.chosen_rates(members)]:
         groups.setdefault(member.series, []).append(member)
-    plain = next(iter(groups.values()))  # the runs come in that order
+    plain = groups.get("", ())
     series = tuple(_series(name, group, plain, ensembles, resampler) for name, group in groups.items())
     first = runs[0]
-    return DataSet(first.dataset, first.task, first.rank, len(first.labels), series)
+    size = first.config["data.size"]
+    return DataSet(first.dataset, first.result["dataset"], first.task, first.rank, size, len(first.labels), series)
 
 
 def _series(
@@ -131,16 +142,21 @@ def _best_member(ensemble: subjects.Subject, runs: Sequence[subjects.Subject]) -
 
 
 def _across(sets: Sequence[DataSet]) -> tuple[Across, ...]:
+    real = {}
+    for one in sorted(sets, key=lambda one: one.num_pixels):
+        if one.plain is not None and not one.synthetic:
+            real.setdefault((one.rank, one.source), one)
     found = []
-    for rank in sorted({one.rank for one in sets}):
+    for rank in sorted({rank for rank, _ in real}):
         for metric in comparisons.METRICS:
-            differences = {
-                one.name: asked.difference
-                for one in sets
-                if one.rank == rank and not one.synthetic
-                for asked in one.series[0].contrast.comparisons
+            contrasts = {
+                one.name: asked
+                for one in sorted(real.values(), key=lambda one: one.name)
+                if one.rank == rank
+                for asked in one.plain.contrast.comparisons
                 if asked.metric == metric
             }
-            if differences:
-                found.append(Across(rank, metric, differences, statistics.wilcoxon([asked.estimate for asked in differences.values()])))
+            if contrasts:
+                p_value = statistics.wilcoxon([asked.difference.estimate for asked in contrasts.values()])
+                found.append(Across(rank, metric, contrasts, p_value))
     return tuple(found)

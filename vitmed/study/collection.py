@@ -1,7 +1,6 @@
-"""The finished runs below some folders, read back whole and sorted; what cannot be read is named and left out.
+"""The finished runs below some folders, read back whole; what cannot be read is named and left out.
 
-Runs of one data set that differ in more than patch size and seeds form several series. A series is named by the settings in which it
-departs from what is usual among these runs, the plain one by nothing. `R` seeds, `N` images, `L` labels, `K` classes.
+`R` seeds, `N` images, `L` labels, `K` classes.
 """
 
 import collections
@@ -15,8 +14,7 @@ import numpy as np
 from vitmed import config as config_lib
 from vitmed.runs import folder
 
-# What may differ within a series: the data set and its recipe's rank, what is swept, and what the config's digest leaves out.
-WITHIN_A_SERIES = ("data.name", "data.rank", "data.root", "model.patch_size", "seeds", "mesh", "tracking", "train.checkpoint_seconds")
+MARKS = ("config.json", "result.json", "failure.json")  # files by which a run's folder is known
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +28,7 @@ class Run:
     labels: np.ndarray
     probabilities: np.ndarray
     seeds: tuple[int, ...]
+    departures: tuple[tuple[str, Any], ...] = ()  # the settings in which it is not as usual: see `series`
     series: str = ""
 
     @property
@@ -64,8 +63,8 @@ class Run:
         return [values[seed] for seed in self.seeds]
 
 
-def collect(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
-    """(runs, faults): every finished run below the folders, and a line for each folder that looks like a run but cannot be taken.
+def read_all(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
+    """(runs, faults): every finished run below the folders, and a line for each run, or seeds of one, that cannot be taken.
 
     InputError where a folder does not exist, or there is no finished run at all.
     """
@@ -73,8 +72,8 @@ def collect(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
     for root in roots:
         if not root.is_dir():
             raise config_lib.InputError(f"--workdir={root}: no such folder; give a run's folder or one that holds runs")
-        for path in sorted({file.parent for name in ("config.json", "result.json") for file in root.rglob(name)}):
-            if path.resolve() in seen:
+        for path in sorted({file.parent for name in MARKS for file in root.rglob(name)}):
+            if path.resolve() in seen or not is_run(path):
                 continue
             seen.add(path.resolve())
             try:
@@ -84,15 +83,34 @@ def collect(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
     if not runs:
         why = f": {'; '.join(faults)}" if faults else "; train some with vitmed.main"
         raise config_lib.InputError(f"--workdir={', '.join(map(str, roots))}: no finished run there{why}")
+    faults += [
+        f"{run.path}: left out: failed seeds {', '.join(map(str, run.result['failed_seeds']))}"
+        for run in runs
+        if run.result["failed_seeds"]
+    ]
     runs, strangers = same_data(runs)
-    runs, twins = without_twins(ordered(with_series(runs)))
-    return runs, faults + strangers + twins
+    return runs, faults + strangers
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a folder with one of MARKS is a run's; of a config.json alone, which others write too, whether it has a run's sections."""
+    if any((path / name).exists() for name in MARKS if name != "config.json"):
+        return True
+    try:
+        config = folder.RunFolder(path).read_config()
+    except (config_lib.InputError, OSError):
+        return True  # half-written, perhaps: its fault is named
+    return {"data", "model", "train"} <= config.keys()
 
 
 def read(path: pathlib.Path) -> Run:
     """A finished run; InputError where it is not finished, damaged, of a newer schema, or its files do not fit together."""
     run_folder = folder.RunFolder(path)
-    result, config = run_folder.read_result(), config_lib.as_tuples(run_folder.read_config())
+    result, failure = run_folder.read_result(), run_folder.read_failure()
+    if result is None and failure is not None:
+        why = ": ".join(str(failure[key]) for key in ("ended", "said") if failure.get(key))
+        raise config_lib.InputError(f"{path}: failed: {why}; mend that and run it again with vitmed.main")
+    config = config_lib.as_tuples(run_folder.read_config())
     if result is None:
         raise config_lib.InputError(f"{path}: not finished: there is no result.json; run it again with vitmed.main to go on")
     if folder.digest(config) != result["config_digest"]:
@@ -104,15 +122,41 @@ def read(path: pathlib.Path) -> Run:
     probabilities = predictions.probabilities[alive]
     if not alive or not np.isfinite(probabilities).all():
         raise config_lib.InputError(f"{path}: {'its predictions are not all finite' if alive else 'every seed has failed'}")
+    epochs = run_folder.read_metrics()
+    if fault := _labels_fault(result["task"], predictions.labels, probabilities) or _epochs_fault(epochs, len(result["seeds"])):
+        raise config_lib.InputError(f"{path}: {fault}; restore it from a copy")
     return Run(
         path=path,
         result=result,
         config=config_lib.flatten(config),
-        epochs=run_folder.read_metrics(),
+        epochs=epochs,
         labels=predictions.labels,
         probabilities=probabilities,
         seeds=tuple(result["seeds"][index] for index in alive),
     )
+
+
+def _labels_fault(task: str, labels: np.ndarray, probabilities: np.ndarray) -> str | None:
+    """What is wrong with labels [N, L] of a task with probabilities [R, N, K]."""
+    num_classes = probabilities.shape[2]
+    columns, classes = (num_classes, 2) if task == "multi-label" else (1, num_classes)
+    if labels.shape[1] != columns or (task == "binary" and num_classes != 2):
+        return f"predictions/test.npz has {labels.shape[1]} labels and {num_classes} classes, which do not fit its task, {task}"
+    if labels.size and not 0 <= labels.min() <= labels.max() < classes:
+        return f"predictions/test.npz has labels from {labels.min()} to {labels.max()}, its task has 0 to {classes - 1}"
+    return None
+
+
+def _epochs_fault(epochs: Sequence[Mapping[str, Any]], num_seeds: int) -> str | None:
+    """What is wrong with the first row that does not hold the losses of all seeds."""
+    for number, row in enumerate(epochs, start=1):
+        val = row.get("val")
+        losses = {"train_loss": row.get("train_loss"), "val.loss": val.get("loss") if isinstance(val, Mapping) else None}
+        for name, values in losses.items():
+            good = isinstance(values, list) and len(values) == num_seeds
+            if not good or not all(value is None or isinstance(value, int | float) for value in values):
+                return f"metrics.jsonl line {number} has no {name} of {num_seeds} seeds"
+    return None
 
 
 def same_data(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -133,53 +177,3 @@ def by_dataset(runs: Iterable[Run]) -> dict[str, list[Run]]:
     for run in runs:
         groups.setdefault(run.dataset, []).append(run)
     return groups
-
-
-def with_series(runs: Sequence[Run]) -> list[Run]:
-    """The same runs, each knowing the name of its series: the settings in which it departs from the usual ones of its data set."""
-    named = []
-    for members in by_dataset(runs).values():
-        fields = sorted({name for run in members for name in run.config if not _within(name)})
-        usual = {name: _usual(run.config.get(name) for run in members) for name in fields}
-        for run in members:
-            odd = {name: run.config[name] for name in fields if name in run.config and run.config[name] != usual[name]}
-            named.append(dataclasses.replace(run, series=", ".join(f"{short(name)} {_text(value)}" for name, value in odd.items())))
-    return named
-
-
-def without_twins(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """(runs, faults): of runs with the same settings the one with most seeds."""
-    kept: dict[tuple[str, str, str], Run] = {}
-    faults = []
-    for run in runs:
-        key = (run.dataset, run.series, run.patch)
-        more, less = sorted((kept.get(key, run), run), key=lambda one: -len(one.seeds))
-        kept[key] = more
-        if more is not less:
-            faults.append(f"{less.path}: left out: {more.path} has the same settings and {len(more.seeds)} seeds")
-    return list(kept.values()), faults
-
-
-def _within(name: str) -> bool:
-    return any(f"{name}.".startswith(f"{free}.") for free in WITHIN_A_SERIES)
-
-
-def _usual(values: Iterable[Any]) -> Any:
-    """The most frequent value; of equally frequent ones that which comes first."""
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def short(field: str) -> str:
-    """A setting's name as people read it: train.learning_rate -> learning rate."""
-    return field.rpartition(".")[2].replace("_", " ")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "x".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else pathlib.PurePath(value).name if isinstance(value, str) else str(value)
-
-
-def ordered(runs: Iterable[Run]) -> list[Run]:
-    """2D before 3D, by data set, the plain series first, then from the coarsest patch to the finest."""
-    return sorted(runs, key=lambda run: (run.rank, run.dataset, bool(run.series), run.series, run.result["num_tokens"], str(run.path)))

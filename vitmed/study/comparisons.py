@@ -75,7 +75,8 @@ class Resampler:
             if of_first[metric] is not None and of_second[metric] is not None:
                 gap = of_first[metric] - of_second[metric]
                 difference = statistics.difference(gap, self.values(first, seeds)[metric], self.values(second, seeds)[metric])
-                found.append(Comparison(first, second, metric, difference, len(seeds)))
+                if difference is not None:
+                    found.append(Comparison(first, second, metric, difference, len(seeds)))
         return found
 
 

@@ -58,6 +58,11 @@ def _colours(members: Sequence[analysis.Measured]) -> list[tuple[float, ...]]:
     return [tuple(colour) for colour in matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, max(len(members), 2)))][: len(members)]
 
 
+def _words(*parts: str) -> str:
+    """Text of a figure as it is written: matplotlib would take what stands between two $ for a formula."""
+    return ", ".join(filter(None, parts)).replace("$", r"\$")
+
+
 def _isotropic(series: analysis.Series) -> list[analysis.Measured]:
     return [member for member in series.runs if "x" not in member.subject.patch]
 
@@ -76,14 +81,14 @@ def patch_size(study: analysis.Study) -> figure.Figure:
             reach = [[each.estimate - each.low for each in found], [each.high - each.estimate for each in found]]
             nudged = [size * 1.03**index for size in sizes]  # so that bars of several series stand side by side
             panel.errorbar(
-                nudged, middle, yerr=np.clip(reach, 0, None), marker="o", markersize=3, capsize=2, linewidth=1, label=series.name
+                nudged, middle, yerr=np.clip(reach, 0, None), marker="o", markersize=3, capsize=2, linewidth=1, label=_words(series.name)
             )
         sizes = sorted({int(member.subject.patch) for series in one.series for member in _isotropic(series)})
         panel.set_xscale("log")
         panel.set_xticks(sizes, map(str, sizes))
         panel.minorticks_off()
         panel.invert_xaxis()
-        panel.set_title(f"{results.title(one)}, {one.num_images:,} images, {results.seeds_text(one.series[0].runs)}", fontsize=8)
+        panel.set_title(_words(results.title(one), f"{one.num_images:,} images", results.seeds_text(one.series[0].runs)), fontsize=8)
         panel.set_xlabel("patch size (pixels)" if one.rank == 2 else "patch size (voxels)")
         panel.set_ylabel("balanced accuracy")
         if len(one.series) > 1:
@@ -115,7 +120,7 @@ def cost(study: analysis.Study) -> figure.Figure:
             panel.minorticks_off()
             panel.set_xlabel(label)
             panel.set_ylabel("balanced accuracy")
-            panel.set_title(results.title(one), fontsize=8)
+            panel.set_title(_words(results.title(one), one.series[0].name), fontsize=8)
     return drawn
 
 
@@ -142,7 +147,7 @@ def learning_curves(one: analysis.DataSet) -> figure.Figure:
                 panel.plot(
                     range(1, len(means) + 1), [math.nan if mean is None else mean for mean in means], line, color=colour, lw=1, label=label
                 )
-        panel.set_title(", ".join(filter(None, (results.title(one), series.name))), fontsize=8)
+        panel.set_title(_words(results.title(one), series.name), fontsize=8)
         panel.set_xlabel("epoch")
         panel.set_ylabel("loss (training dashed)")
         panel.legend(title="patch", fontsize=6, title_fontsize=6)
@@ -158,7 +163,7 @@ def confusion(one: analysis.DataSet) -> figure.Figure:
         panel.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         for (row, column), share in np.ndenumerate(shares):
             panel.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color="white" if share > 0.5 else "black")
-        panel.set_title(member.subject.name, fontsize=8)
+        panel.set_title(_words(member.subject.name), fontsize=8)
         if one.task == "multi-label":
             panel.set_xticks([0, 1], ["missed", "found"])
             panel.set_ylabel("label")
@@ -167,7 +172,7 @@ def confusion(one: analysis.DataSet) -> figure.Figure:
             panel.set_ylabel("true class")
             panel.set_xticks(range(shares.shape[1]))
         panel.set_yticks(range(shares.shape[0]))
-    drawn.suptitle(results.title(one), fontsize=8)
+    drawn.suptitle(_words(results.title(one)), fontsize=8)
     return drawn
 
 
@@ -190,7 +195,7 @@ def _overlaid(one: analysis.DataSet, line: Callable[[axes.Axes, analysis.Measure
         line(panel, member, colour)
     panel.set_xlabel(labels[0])
     panel.set_ylabel(labels[1])
-    panel.set_title(results.title(one), fontsize=8)
+    panel.set_title(_words(results.title(one), one.series[0].name), fontsize=8)
     panel.legend(title="patch", fontsize=6, title_fontsize=6)
     return drawn
 

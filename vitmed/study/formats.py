@@ -4,21 +4,28 @@ import csv
 import io
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from vitmed.study import analysis, results
 
 
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"[\\`*_<>|]", r"\\\g<0>", text)
+
+
 def as_markdown(table: results.Table) -> str:
     """GitHub's tables."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     ruler = line(["---"] + ["---:"] * (len(table.header) - 1))
-    rows = [line([f"**{cell.text}**" if cell.best else cell.text for cell in row]) for row in table.rows]
-    return "\n".join([f"### {table.title}", "", table.caption, "", line(table.header), ruler, *rows, ""])
+    rows = [line([f"**{markdown_text(cell.text)}**" if cell.best else markdown_text(cell.text) for cell in row]) for row in table.rows]
+    header = line([markdown_text(name) for name in table.header])
+    return "\n".join([f"### {markdown_text(table.title)}", "", markdown_text(table.caption), "", header, ruler, *rows, ""])
 
 
 LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
@@ -97,4 +104,8 @@ def _csv_of_run(member: analysis.Measured, index: int) -> dict[str, Any]:
     row |= {name: result[name] for name in names}
     if pathlib.PurePath(result["pretrained"] or "").is_absolute():
         row["pretrained"] = pathlib.PurePath(result["pretrained"]).name
-    return row | {"jax": result["versions"].get("jax", ""), "learning_rate": run.config["train.learning_rate"], "run": run.path.name}
+    return row | {
+        "jax": result["versions"].get("jax", ""),
+        "learning_rate": run.config["train.learning_rate"],
+        "run": run.path.resolve().name,
+    }

@@ -102,6 +102,21 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> set[str]:
     return {name for name in flat[0] if any(one.get(name) != flat[0][name] for one in flat)}
 
 
+# What the arguments that all recipes share set: also where every point gives the same one, its folder is named after it.
+SET_BY_ARGUMENTS = {
+    "dataset": "data.name",
+    "patch": "model.patch_size",
+    "variant": "model.variant",
+    "size": "data.size",
+    "pretrained": "model.pretrained",
+}
+
+
+def named(points: Iterable[Point]) -> set[str]:
+    """The dotted names of the fields that the points' names tell: an override would make them lie."""
+    return {SET_BY_ARGUMENTS[key] for point in points for key in point.arguments if key in SET_BY_ARGUMENTS}
+
+
 def ordered(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Results by their points' names: by data set, then from the coarsest patch to the finest."""
     return dict(sorted(results.items(), key=lambda named: (named[1]["dataset"], named[1]["num_tokens"])))

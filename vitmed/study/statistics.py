@@ -175,27 +175,32 @@ def _of_labels(task: str, labels: np.ndarray, probabilities: np.ndarray) -> Meas
     return measure
 
 
-def interval(estimate: float, values: np.ndarray, *, level: float = 0.95) -> Interval:
-    """The percentile interval of resampled values [resamples]; resamples in which the metric is undefined are left out."""
-    low, high = _ends(values, level)
-    return Interval(estimate, low, high)
+def interval(estimate: float, values: np.ndarray, *, level: float = 0.95) -> Interval | None:
+    """The percentile interval of resampled values [resamples]; resamples in which the metric is undefined are left out.
+
+    None where it is undefined in most: what is left would be a choice of resamples, not the metric's spread.
+    """
+    defined = values[~np.isnan(values)]
+    return Interval(estimate, *_ends(defined, level)) if 2 * len(defined) > len(values) else None
 
 
-def difference(estimate: float, first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Difference:
-    """First minus second, of the same draws [resamples], so that seeds and images are paired.
+def difference(estimate: float, first: np.ndarray, second: np.ndarray, *, level: float = 0.95) -> Difference | None:
+    """First minus second, of the same draws [resamples], so that seeds and images are paired; None where undefined in most of them.
 
     The p-value is twice the smaller share of resampled differences on either side of zero, those at zero counting for both, with one added
     to count and number (Davison and Hinkley 1997, 4.2.3): it is never below 2 / (resamples + 1).
     """
     gaps = first - second
     gaps = gaps[~np.isnan(gaps)]
+    if 2 * len(gaps) <= len(first):
+        return None
     low, high = _ends(gaps, level)
     sides = [(np.count_nonzero(side) + 1) / (len(gaps) + 1) for side in (gaps <= 0, gaps >= 0)]
     return Difference(estimate, low, high, min(1.0, 2 * min(sides)))
 
 
 def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [50 * (1 - level), 50 * (1 + level)])
+    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 from vitmed import config as config_lib
 from vitmed import metrics
 from vitmed.study import collection
+from vitmed.study import series as series_lib
 
 PAPERS_ENSEMBLE = ("4", "2", "1")  # patch sizes whose mean probability the paper reports (arXiv 2602.18614)
 RATE = "train.learning_rate"
-CHOSEN = f"{collection.short(RATE)} chosen on validation loss"
+CHOSEN = f"{series_lib.short(RATE)} chosen on validation loss"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,19 +107,19 @@ def _if_any_seed(members: Sequence[Subject]) -> Subject | None:
 def chosen_rates(members: Sequence[Subject]) -> list[Subject]:
     """Of one data set, for each patch size the run whose learning rate has the lowest mean validation loss; none where rates do not vary.
 
-    Only runs that differ in nothing else than patch size and learning rate are weighed against each other.
+    Only runs that differ in nothing else than patch size and learning rate are weighed against each other, and only those with as many
+    seeds left as any of them: a rate at which seeds diverge is not judged by those that did not. A series for each group of other settings.
     """
-    rates: dict[tuple, list[Subject]] = {}
+    rates: dict[tuple[series_lib.Departures, str], list[Subject]] = {}
     for member in members:
-        key = (member.patch, *((name, value) for name, value in member.run.config.items() if not _free(name)))
-        rates.setdefault(key, []).append(member)
+        others = tuple((field, value) for field, value in member.run.departures if field != RATE)
+        rates.setdefault((others, member.patch), []).append(member)
+    names = series_lib.names_of(others for others, _ in rates)
     chosen = []
-    for weighed in rates.values():
+    for (others, _), weighed in rates.items():
         if len({member.run.config[RATE] for member in weighed}) > 1:
-            best = min(weighed, key=lambda member: metrics.mean_and_sd(member.run.of_seeds("val", "loss"))[0])
-            chosen.append(dataclasses.replace(best, series=CHOSEN))
-    return chosen
-
-
-def _free(name: str) -> bool:
-    return name == RATE or any(f"{name}.".startswith(f"{free}.") for free in collection.WITHIN_A_SERIES)
+            most = max(len(member.seeds) for member in weighed)
+            whole = [member for member in weighed if len(member.seeds) == most]
+            best = min(whole, key=lambda member: metrics.mean_and_sd(member.run.of_seeds("val", "loss"))[0])
+            chosen.append(dataclasses.replace(best, series=", ".join(filter(None, (CHOSEN, names[others])))))
+    return sorted(chosen, key=lambda one: (one.series, one.run.result["num_tokens"]))
