@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import sparse, stats
 
 from vitmed import metrics
 
@@ -104,24 +104,33 @@ def distribution(task: str, labels: np.ndarray, probabilities: np.ndarray, draws
 
 
 class _Area:
-    """The area under the ROC curve, ties half, of many resamples at once."""
+    """The area under the ROC curve, ties half, of many resamples at once: the share of pairs won (Mann and Whitney 1947).
+
+    Images are put once on the `G` distinct scores of positive ones, so that a resample costs sums over its images and over those scores.
+    """
 
     def __init__(self, positive: np.ndarray, scores: np.ndarray):
-        self._order = np.argsort(scores, kind="stable")
-        ranked = scores[self._order]
-        self._positive = positive[self._order]
-        starts = np.searchsorted(ranked, ranked[self._positive], side="left")  # of each positive, how many scores are below it
-        self._starts, self._ends = starts, np.searchsorted(ranked, ranked[self._positive], side="right")
+        ours, theirs = np.flatnonzero(positive), np.flatnonzero(~positive)
+        levels, level = np.unique(scores[ours], return_inverse=True)
+        self._positives = _sums(level, ours, shape=(len(levels), len(scores)))
+        # A negative image counts from the first level above its score on; one that ties a level counts half there.
+        from_level = np.concatenate([np.searchsorted(levels, scores[theirs], side=side) for side in ("left", "right")])
+        self._passed = _sums(from_level, np.concatenate([theirs, theirs]), shape=(len(levels), len(scores)), weight=0.5)
 
     def __call__(self, drawn: np.ndarray) -> np.ndarray:
         """Counts [N, b] -> areas [b], NaN where a side was not drawn."""
-        ranked = drawn[self._order]
-        below = np.zeros((len(ranked) + 1, ranked.shape[1]), np.float32)  # counts of negatives: exact up to 2^24
-        np.cumsum(np.where(self._positive[:, None], np.float32(0), ranked), axis=0, out=below[1:])
-        of_positives = ranked[self._positive].astype(np.float64)
-        pairs = np.einsum("pb,pb->b", of_positives, (below[self._starts] + below[self._ends]) / 2)
+        positives, below = self._positives @ drawn, self._passed @ drawn  # [G, b]
+        np.cumsum(below, axis=0, out=below)  # halves of counts: exact up to 2^23
+        pairs = np.einsum("gb,gb->b", positives, below, dtype=np.float64)
+        num_positives = positives.sum(axis=0, dtype=np.float64)
         with np.errstate(invalid="ignore"):
-            return pairs / (of_positives.sum(axis=0) * below[-1])
+            return pairs / (num_positives * (len(drawn) - num_positives))
+
+
+def _sums(rows: np.ndarray, columns: np.ndarray, *, shape: tuple[int, int], weight: float = 1.0) -> sparse.csr_array:
+    """The matrix that adds up each row's images; rows beyond the last are left out."""
+    kept = rows < shape[0]
+    return sparse.coo_array((np.full(kept.sum(), weight, np.float32), (rows[kept], columns[kept])), shape=shape).tocsr()
 
 
 def _of_classes(task: str, labels: np.ndarray, probabilities: np.ndarray) -> Measure:
