@@ -151,9 +151,9 @@ def test_a_model_folder_of_others_is_no_run(tmp_path):
 def test_of_equally_many_the_recipes_own_setting_is_the_plain_one(tmp_path, folders):
     """Whatever the folders are called."""
     made_runs.write(tmp_path / folders[0], patch="7")
-    made_runs.write(tmp_path / folders[1], patch="7", train__learning_rate=3e-5)
+    made_runs.write(tmp_path / folders[1], patch="7", train__batch_size=16)
     runs, _ = series.collect([tmp_path])
-    assert [run.series for run in runs] == ["", "learning rate 3e-05"]
+    assert [run.series for run in runs] == ["", "batch size 16"]
 
 
 def test_a_setting_that_an_older_run_lacks_is_the_recipes(tmp_path):
@@ -304,11 +304,13 @@ def test_a_rate_at_which_seeds_fail_is_not_chosen(tmp_path):
 
 
 def test_chosen_runs_come_from_the_coarsest_patch_to_the_finest(tmp_path):
-    for rate in (1e-5, 1e-4):
-        for patch in ("28", "7"):
-            better = (rate == 1e-4) == (patch == "7")
-            made_runs.write(tmp_path / f"{rate}{patch}", patch=patch, skill=3.0 if better else 0.5, train__learning_rate=rate)
-    assert [one.patch for one in subjects.chosen_rates(subjects.of_runs(series.collect([tmp_path])[0]))] == ["28", "7"]
+    """Also where the plain series, at 1e-4, begins with a finer one than another rate's."""
+    for patch, *rates in (("28", 3e-5, 1e-5), ("14", 1e-4, 3e-5), ("7", 1e-4, 1e-5), ("4", 1e-4, 1e-5)):
+        for rate in rates:
+            made_runs.write(tmp_path / f"{patch}-{rate}", patch=patch, train__learning_rate=rate)
+    runs, _ = series.collect([tmp_path])
+    assert [run.patch for run in runs][:3] == ["14", "7", "4"]
+    assert [one.patch for one in subjects.chosen_rates(subjects.of_runs(runs))] == ["28", "14", "7", "4"]
 
 
 def test_a_set_at_two_sizes_counts_once(tmp_path):
