@@ -66,7 +66,8 @@ def _gains(series: analysis.Series) -> list[str]:
         return []
     clear = [gain for gain in asked if gain.adjusted is not None and gain.adjusted < LEVEL]
     listed = ", ".join(f"{gain.first.patch} ({results.interval_text(gain.difference, signed=True)})" for gain in clear)
-    found = f"{len(clear) or 'none'} differ{'' if len(clear) > 1 else 's'} from {asked[0].second.name} at the {LEVEL:.0%} level after Holm's correction"
+    how_many = f"{len(clear) or 'none'} differ{'' if len(clear) > 1 else 's'}"
+    found = f"{how_many} from {asked[0].second.name} at the {LEVEL:.0%} level after Holm's correction"
     return [f"of {len(asked)} smaller patch sizes {found}{f': {listed}' if clear else ''}."]
 
 
