@@ -162,13 +162,17 @@ def test_a_single_run_that_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
     assert "phantom3d patch 1: at least 581.8 GB of memory are needed" in line
 
 
+def test_what_points_are_named_after_cannot_be_overridden_though_all_have_it(capsys, tmp_path):
+    line = refused(capsys, tmp_path / "root", f"--config={ROOT}/configs/tokens2d.py", "--list", "--config.data.name=bloodmnist")
+    assert "data.name: the sweep sets it" in line
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--points=patch=7"], ["--points=patch=7", "--sweep or --list"]),
         (["--sweep", "--points=patch=5"], ["patch=5", "choose one of 28, 14, 7, 4"]),
         (["--sweep", "--points=pacth=7"], ["pacth", "did you mean patch"]),
-        (["--list", "--config.data.name=bloodmnist"], ["data.name: the sweep sets it"]),
         (["--list", "--config.model.patch_size=7"], ["model.patch_size: the sweep sets it"]),
         (["--sweep", "--points=patch=7", "--config.model.patch_size=7"], ["model.patch_size: the sweep sets it"]),
         (["--list", "--config.train.epochs=0"], ["train.epochs=0"]),

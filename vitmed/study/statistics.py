@@ -223,7 +223,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilcoxon(differences: Sequence[float]) -> float | None:
-    """The two-sided p-value of the signed-rank test over data sets; None with fewer than FEWEST_SETS, which cannot tell anything at .05."""
-    if len(differences) < FEWEST_SETS or not np.any(differences):
+    """The two-sided p-value of the signed-rank test over data sets; None with fewer than FEWEST_SETS, which cannot tell anything at .05.
+
+    Where no set differs at all, which the test leaves undefined, it is 1.
+    """
+    if len(differences) < FEWEST_SETS:
         return None
+    if not np.any(differences):
+        return 1.0
     return float(stats.wilcoxon(differences).pvalue)
