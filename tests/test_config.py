@@ -147,6 +147,8 @@ def test_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
         ("", {"train.epochs": "0"}, ["train.epochs=0", "from 1"]),
         ("", {"train.batch_size": "-4"}, ["train.batch_size=-4"]),
         ("", {"train.learning_rate": "nan"}, ["train.learning_rate=nan", "finite"]),
+        ("", {"train.learning_rate": "1e4"}, ["train.learning_rate=10000", "1000"]),
+        ("", {"train.epsilon": "0.0"}, ["train.epsilon=0", "1e-20"]),
         ("", {"train.weight_decay": "-1"}, ["train.weight_decay=-1"]),
         ("", {"train.beta1": "1"}, ["train.beta1=1"]),
         ("", {"model.dtype": "float16"}, ["float16", "bfloat16"]),

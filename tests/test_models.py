@@ -202,6 +202,14 @@ def test_layer_norm_has_timms_epsilon():
         np.testing.assert_allclose(norm.apply(params, tokens), expected, atol=1e-4)
 
 
+def test_the_written_derivative_of_gelu_is_that_of_the_plain_formula():
+    x = jnp.linspace(-9, 9, 1001)
+    plain = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    np.testing.assert_allclose(jax.vmap(jax.grad(layers.gelu))(x), plain, atol=2e-7)
+    curvature = jax.vmap(jax.grad(jax.grad(layers.gelu)))(x)  # derivatives of any order and either mode can be taken
+    np.testing.assert_allclose(curvature, (2 - x**2) * jnp.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), atol=1e-6)
+
+
 def test_gelu_is_the_exact_one():
     tokens = np.random.default_rng(0).normal(size=(1, 8, 16)).astype(np.float32) * 2
     module = layers.MLP(hidden=32)

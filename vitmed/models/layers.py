@@ -4,6 +4,7 @@ Shapes: `B` batch, `N` tokens, `D` width, `H` heads, `d` width of a head. Parame
 LayerNorm statistics always in float32.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,28 @@ import jax.numpy as jnp
 # timm's LayerNorm epsilon and its initialisation of linear layers (normal with standard deviation .02, zero bias).
 LAYER_NORM_EPSILON = 1e-6
 linear_init = nn.initializers.normal(0.02)
+
+
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x), the exact (erf) GELU (arXiv 1606.08415).
+
+    Its derivative is written down, Phi(x) + x phi(x): differentiated by rule, the function keeps three arrays of the MLP's hidden size for
+    the backward pass instead of one, and a whole step at 50 tokens takes 5 to 10 % longer on a CPU.
+    """
+    return x * _normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    below = _normal_cdf(x)
+    density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    return x * below, tangent * (below + x * density)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
@@ -56,7 +79,7 @@ class MLP(nn.Module):
             gate, value = jnp.split(x, 2, axis=-1)
             x = nn.silu(gate) * value
         else:
-            x = nn.gelu(x, approximate=False)
+            x = gelu(x)
         return nn.Dense(tokens.shape[-1], dtype=self.dtype, kernel_init=linear_init, name="fc2")(x)
 
 
