@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model.mean = ml_collections.FieldReference("auto", field_type=object)
     config.model.std = ml_collections.FieldReference("auto", field_type=object)
     config.model.pooling = "auto"  # auto (the weights' own; cls from scratch), cls, mean
+    config.model.attention = "auto"  # how it is computed: plain, blockwise (memory grows with tokens, not their square), cudnn, auto
     config.model.drop_path = 0.0  # stochastic depth: the rate of the last block
     config.model.dtype = "float32"  # of the arithmetic: float32 or bfloat16; parameters are float32
 

@@ -54,8 +54,15 @@ def test_more_seeds_devices_and_data_change_memory_as_they_must():
     assert forecast.memory(path, GPU).least - forecast.memory(streamed, GPU).least == 89_996 * 28 * 28 * 3
 
 
+def test_attention_that_keeps_no_weights_is_counted_without_them():
+    plain, blockwise = (planned("patch=1", model__attention=form) for form in ("plain", "blockwise"))
+    weights = 8 * 12 * 3 * 785**2 * 4  # batch, blocks, heads, tokens, bytes
+    assert forecast.memory(plain, GPU).least - forecast.memory(blockwise, GPU).least == 3 * weights
+    assert forecast.memory(planned("patch=1"), CPU) == forecast.memory(blockwise, CPU)
+
+
 def test_what_cannot_fit_is_refused_with_its_numbers_and_the_remedy():
-    volume = planned("patch=1", file="vit3d")
+    volume = planned("patch=1", file="vit3d", model__attention="plain")
     with pytest.raises(config.InputError) as raised:
         forecast.require_fit(volume, CPU)
     words = ["fracturemnist3d patch 1: ", "581.8 GB", "cpu (made up) has 16.0 GB", "not even train.batch_size=1 fits", "larger patch"]

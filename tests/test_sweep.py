@@ -149,7 +149,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(capsys, tmp_path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = [f"--config={ROOT}/configs/vit3d.py", "--sweep"]
     line = refused(capsys, tmp_path / "root", *arguments, "--points=dataset=organmnist3d|vesselmnist3d")
-    words = ["organmnist3d-patch1, vesselmnist3d-patch1: at least 581.8 GB", "cpu (made up) has 16.0 GB"]
+    words = ["organmnist3d-patch1, vesselmnist3d-patch1: at least 26.6 GB", "cpu (made up) has 16.0 GB"]
     words += ["--points='dataset=organmnist3d|vesselmnist3d,patch=28|14|7|4|2' leaves out what cannot fit"]
     assert all(word in line for word in words), line
     assert call(f"--config={ROOT}/configs/vit3d.py", "--list") == 0
@@ -159,7 +159,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(capsys, tmp_path,
 def test_a_single_run_that_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "device", lambda: CPU)
     line = refused(capsys, tmp_path / "run", f"--config={ROOT}/configs/vit3d.py:dataset=phantom3d,patch=1,pretrained=")
-    assert "phantom3d patch 1: at least 581.8 GB of memory are needed" in line
+    assert "phantom3d patch 1: at least 26.6 GB of memory are needed" in line
 
 
 def test_what_points_are_named_after_cannot_be_overridden_though_all_have_it(capsys, tmp_path):

@@ -1,7 +1,7 @@
 """From a config to what is trained: checked, described and built in one place for every CLI.
 
-`plan` reads no data and writes nothing: whatever is wrong with a config is an InputError there. `recipe` is what the device needs,
-`run` trains into a folder, `result` is the record of a finished run. The config's parts are checked in `checks` and `network`.
+`plan` reads no data and writes nothing: whatever is wrong with a config is an InputError there (`planning`, `checks`, `network`).
+`recipe` is what the device needs, `run` trains into a folder, `result` is the record of a finished run.
 """
 
 import dataclasses
@@ -12,119 +12,19 @@ from typing import Any
 import jax
 import ml_collections
 
-from vitmed import checks, cost
 from vitmed import config as config_lib
 from vitmed import network as networks
+from vitmed import planning
 from vitmed.data import pipeline, sources
-from vitmed.models import build, exported, inputs
+from vitmed.models import attention, build, exported, inputs
 from vitmed.runs import checkpoint, folder, guard, machine
-from vitmed.training import augment, loop, optim, programs, sharding, tasks
+from vitmed.training import loop, optim, programs, tasks
 
-PLACEMENTS = ("auto", "device", "host")
+Experiment, plan = planning.Experiment, planning.plan
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
 # estimated, never measured: chunk boundaries must follow from the config alone.
 CHUNK_SECONDS = 5.0
 CHUNK_BYTES = 2**28  # of streamed images
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A checked config and what follows from it without reading data. Sizes are tuples, one entry per axis."""
-
-    config: ml_collections.ConfigDict
-    description: sources.Description
-    network: networks.Network
-    geometry: checks.Geometry
-    seeds: tuple[int, ...]
-    augmentation: augment.Augmentation
-
-    @functools.cached_property
-    def mesh(self) -> jax.sharding.Mesh:
-        """The devices; InputError where they do not suffice or a batch does not divide over them. The first use takes hold of them."""
-        config = self.config
-        config_lib.require(config.mesh.sequence == 1, "mesh.sequence", config.mesh.sequence, "1: this version splits no image's tokens")
-        batch_sizes = (config.train.batch_size, config.eval.batch_size)
-        data = sharding.data_parts(jax.device_count(), data=config.mesh.data, fsdp=config.mesh.fsdp, batch_sizes=batch_sizes)
-        mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
-        sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
-        sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-        return mesh
-
-    @property
-    def image_size(self) -> tuple[int, ...]:
-        """H, W or D, H, W of what the network sees."""
-        return self.geometry.image_size
-
-    @property
-    def patch_size(self) -> tuple[int, ...]:
-        """The pixels of a patch."""
-        return self.geometry.patch_size
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The model's sizes as `cost` takes them."""
-        architecture = self.network.architecture
-        return {
-            **dataclasses.asdict(self.geometry),
-            "in_channels": self.config.model.in_channels,
-            "width": architecture.width,
-            "depth": architecture.depth,
-            "mlp_width": architecture.mlp_width,
-            "num_prefix_tokens": architecture.num_prefix_tokens,
-            "swiglu": architecture.swiglu,
-            "num_classes": self.description.num_classes,
-        }
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches, CLS and registers."""
-        return cost.num_patches(**dataclasses.asdict(self.geometry)) + self.network.architecture.num_prefix_tokens
-
-    @property
-    def gmacs_forward(self) -> float:
-        """1e9 multiply-accumulates of one image's forward pass."""
-        return cost.gmacs_forward(**self.shape, attention_pool=self.network.architecture.pooling == "map")
-
-    @property
-    def step_seconds(self) -> float:
-        """Roughly what a training step of all runs takes, by arithmetic."""
-        sizes = {"num_params": cost.num_params(**self.shape), "batch_size": self.config.train.batch_size}
-        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), **sizes)
-
-    @property
-    def label(self) -> str:
-        """What a person calls this run."""
-        return f"{self.description.name} patch {config_lib.patch_text(self.patch_size)}"
-
-    def load(self) -> sources.Dataset:
-        """The data, found or downloaded."""
-        data = self.config.data
-        return sources.load(data.name, size=data.size, root=data.root, verify=data.verify, invert=data.invert)
-
-
-def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
-    """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched.
-
-    A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
-    """
-    config_lib.conform(config.to_dict(), "the config")
-    description = sources.describe(config.data.name, config.data.size)
-    if config.data.rank != description.rank:
-        other = {2: "configs/vit2d.py", 3: "configs/vit3d.py"}[description.rank]
-        raise config_lib.InputError(
-            f"data.name={description.name} is {description.rank}D, this config is for {config.data.rank}D data; use {other}"
-        )
-    config_lib.one_of("data.placement", config.data.placement, PLACEMENTS)
-    geometry = checks.geometry(config, description)
-    checks.training(config)
-    return Experiment(
-        config=config,
-        description=description,
-        seeds=checks.seeds(config),
-        augmentation=checks.augmentation(config, description.image_size),
-        network=recorded or networks.of_config(config, description),
-        geometry=geometry,
-    )
 
 
 def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
@@ -145,6 +45,7 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
 def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     """What the device programs are made of."""
     config, description, network = experiment.config, experiment.description, experiment.network
+    platform = experiment.mesh.devices.flat[0].platform
     model = build.model(
         network.architecture,
         patch_size=experiment.patch_size,
@@ -152,6 +53,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         num_classes=description.num_classes,
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
+        attention=attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens),
     )
     train = config.train
     return programs.Recipe(
@@ -172,7 +74,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         seeds=experiment.seeds,
         mesh=experiment.mesh,
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
-        mapped=experiment.mesh.devices.flat[0].platform == "cpu",
+        mapped=platform == "cpu",
     )
 
 

@@ -49,7 +49,7 @@ def memory(planned: experiment.Experiment, device: machine.Device, *, batch_size
     least, likely = cost.training_memory(
         num_params=params,
         activations=without,
-        attention_weights=with_weights - without,
+        attention_weights=with_weights - without if planned.attention_form(device.platform) == "plain" else 0,
         num_tokens=planned.num_tokens,
         width=architecture.width,
         depth=architecture.depth,

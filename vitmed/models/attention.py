@@ -1,11 +1,85 @@
-"""Attention as a plain function of queries, keys and values [B, N, H, d], so that the caller chooses how it is computed."""
+"""Attention as a plain function of queries, keys and values [B, N, H, d], so that the caller chooses how it is computed.
+
+All forms compute softmax(q k^T / sqrt(d)) v per head with the softmax in float32, and agree to float tolerance. They differ in what they
+keep: `plain` the whole N x N weights for the backward pass, `blockwise` and `cudnn` none of them.
+Shapes: `B` batch, `N` tokens, `H` heads, `d` width of a head. There may be fewer queries than keys.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vitmed import config
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+FORMS = ("auto", "plain", "blockwise", "cudnn")
+BLOCK = 512  # queries at a time
+# On a CPU as many as make this many scores (2.5 MB, which caches hold), but no fewer than SMALLEST_BLOCK.
+CPU_SCORES, SMALLEST_BLOCK = 640_000, 128
+# From this many tokens on `blockwise` is taken: on a CPU because it is faster there, elsewhere because the weights of a batch of 64 with
+# 6 heads would be 6 GB in float32.
+LONG = {"cpu": 320, "other": 2048}
+CUDNN_WIDTHS = range(8, 129, 8)
+
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) v per head, [B, N, H, d]; the softmax in float32, memory grows with N squared."""
+    """[B, N, H, d] -> [B, N, H, d]; memory grows with N squared."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int = BLOCK, one_by_one: bool = False) -> jax.Array:
+    """[B, N, H, d] -> [B, N, H, d], at most `block` queries at a time and each block again in the backward pass: memory grows with N.
+
+    With `one_by_one` the heads follow one another too, which suits a CPU's caches; else they are one batch, which fills an accelerator.
+    """
+    B, N, H, d = q.shape
+    block = -(-N // -(-N // block))  # as many blocks, as equal as can be
+
+    @jax.checkpoint
+    def of_block(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("qd,kd->qk", q * (d**-0.5), k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+
+    def of_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v = qkv
+        # Rows of zeros fill up the last block: they attend to everything alike and are cut off again.
+        blocks = jnp.pad(q, ((0, -N % block), (0, 0))).reshape(-1, block, d)
+        return jax.lax.map(lambda q: of_block(q, k, v), blocks).reshape(-1, d)[:N]
+
+    heads = tuple(part.transpose(0, 2, 1, 3).reshape(B * H, -1, d) for part in (q, k, v))
+    mixed = jax.lax.map(of_head, heads) if one_by_one else jax.vmap(of_head)(heads)
+    return mixed.reshape(B, H, N, d).transpose(0, 2, 1, 3)
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, N, H, d] -> [B, N, H, d] by cuDNN's fused kernel: NVIDIA GPUs, bfloat16, heads of a width that it takes."""
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def resolve(form: str, *, platform: str, dtype: Any, num_tokens: int, head_width: int) -> str:
+    """A form of FORMS, or what `auto` comes to: the fastest for the device, the dtype and the length. InputError where it cannot be.
+
+    `platform` is JAX's: cpu, gpu, tpu.
+    """
+    config.one_of("model.attention", form, FORMS)
+    fits = platform == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 and head_width in CUDNN_WIDTHS
+    if form == "cudnn" and not fits:
+        have = f"{platform}, {jnp.dtype(dtype).name}, heads of {head_width}"
+        raise config.InputError(
+            f"model.attention=cudnn needs an NVIDIA GPU, bfloat16 and heads of 8, 16 ... 128, this is {have}; take auto"
+        )
+    if form != "auto":
+        return form
+    return "cudnn" if fits else "blockwise" if num_tokens >= LONG.get(platform, LONG["other"]) else "plain"
+
+
+def choose(form: str, *, platform: str, num_tokens: int) -> Attention:
+    """The function of a form that `resolve` gave, tuned to the platform."""
+    if form == "blockwise" and platform == "cpu":
+        return functools.partial(blockwise, block=max(SMALLEST_BLOCK, CPU_SCORES // num_tokens), one_by_one=True)
+    return {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}[form]

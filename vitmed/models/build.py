@@ -1,7 +1,6 @@
 """From a description (variant, image, patch, classes) to a model and its fresh parameters."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,7 +85,7 @@ def model(
     kernel_size: tuple[int, ...] | None = None,
     drop_path: float = 0.0,
     dtype: str = "float32",
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attentions.plain,
+    attention: attentions.Attention = attentions.plain,
 ) -> vit.ViT:
     """The linen module; patch and kernel size have one entry per axis of the image, and no kernel size is the patch's."""
     return vit.ViT(

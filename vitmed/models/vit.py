@@ -7,7 +7,6 @@ a 2D model and a 3D model of depth 1 therefore have the very same parameters. Pr
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -98,7 +97,7 @@ class ViT(nn.Module):
     fc_norm: bool = False
     drop_path: float = 0.0
     dtype: Any = jnp.float32
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = attentions.plain
+    attention: attentions.Attention = attentions.plain
 
     @property
     def num_prefix_tokens(self) -> int:

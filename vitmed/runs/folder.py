@@ -25,7 +25,13 @@ from vitmed import npz
 from vitmed.runs import files
 
 SCHEMA_VERSION = 1
-MAY_CHANGE = ("data.root", "mesh", "tracking", "train.checkpoint_seconds")  # where and how, not what: a name stands for all below it
+MAY_CHANGE = (
+    "data.root",
+    "model.attention",
+    "mesh",
+    "tracking",
+    "train.checkpoint_seconds",
+)  # where and how, not what: a name stands for all below it
 SHOWN_DIFFERENCES = 5
 
 

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitmed import config as config_lib
+from vitmed.runs import folder
 from vitmed.study import collection
 
 # What may differ within a series: the data set and its recipe's rank, what is swept, and what the config's digest leaves out.
-WITHIN_A_SERIES = ("data.name", "data.rank", "data.root", "model.patch_size", "seeds", "mesh", "tracking", "train.checkpoint_seconds")
+WITHIN_A_SERIES = ("data.name", "data.rank", "model.patch_size", "seeds", *folder.MAY_CHANGE)
 
 Departures = tuple[tuple[str, Any], ...]  # (field, value) of every setting that is not the usual one, sorted
 

@@ -1,0 +1,125 @@
+"""From a config to a description of its run: checked, before any data are read, devices are touched or anything is written."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+
+from vitmed import checks, cost
+from vitmed import config as config_lib
+from vitmed import network as networks
+from vitmed.data import sources
+from vitmed.models import attention
+from vitmed.training import augment, sharding
+
+PLACEMENTS = ("auto", "device", "host")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A checked config and what follows from it without reading data. Sizes are tuples, one entry per axis."""
+
+    config: ml_collections.ConfigDict
+    description: sources.Description
+    network: networks.Network
+    geometry: checks.Geometry
+    seeds: tuple[int, ...]
+    augmentation: augment.Augmentation
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The devices; InputError where they do not suffice or a batch does not divide over them. The first use takes hold of them."""
+        config = self.config
+        config_lib.require(config.mesh.sequence == 1, "mesh.sequence", config.mesh.sequence, "1: this version splits no image's tokens")
+        batch_sizes = (config.train.batch_size, config.eval.batch_size)
+        data = sharding.data_parts(jax.device_count(), data=config.mesh.data, fsdp=config.mesh.fsdp, batch_sizes=batch_sizes)
+        mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
+        sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
+        sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+        return mesh
+
+    @property
+    def image_size(self) -> tuple[int, ...]:
+        """H, W or D, H, W of what the network sees."""
+        return self.geometry.image_size
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """The pixels of a patch."""
+        return self.geometry.patch_size
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's sizes as `cost` takes them."""
+        architecture = self.network.architecture
+        return {
+            **dataclasses.asdict(self.geometry),
+            "in_channels": self.config.model.in_channels,
+            "width": architecture.width,
+            "depth": architecture.depth,
+            "mlp_width": architecture.mlp_width,
+            "num_prefix_tokens": architecture.num_prefix_tokens,
+            "swiglu": architecture.swiglu,
+            "num_classes": self.description.num_classes,
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches, CLS and registers."""
+        return cost.num_patches(**dataclasses.asdict(self.geometry)) + self.network.architecture.num_prefix_tokens
+
+    def attention_form(self, platform: str) -> str:
+        """How attention is computed on a platform (cpu, gpu, tpu): one of `attention.FORMS`, never auto. InputError where it cannot be."""
+        model, architecture = self.config.model, self.network.architecture
+        head_width = architecture.width // architecture.num_heads
+        sizes = {"num_tokens": self.num_tokens, "head_width": head_width}
+        return attention.resolve(model.attention, platform=platform, dtype=model.dtype, **sizes)
+
+    @property
+    def gmacs_forward(self) -> float:
+        """1e9 multiply-accumulates of one image's forward pass."""
+        return cost.gmacs_forward(**self.shape, attention_pool=self.network.architecture.pooling == "map")
+
+    @property
+    def step_seconds(self) -> float:
+        """Roughly what a training step of all runs takes, by arithmetic."""
+        sizes = {"num_params": cost.num_params(**self.shape), "batch_size": self.config.train.batch_size}
+        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), **sizes)
+
+    @property
+    def label(self) -> str:
+        """What a person calls this run."""
+        return f"{self.description.name} patch {config_lib.patch_text(self.patch_size)}"
+
+    def load(self) -> sources.Dataset:
+        """The data, found or downloaded."""
+        data = self.config.data
+        return sources.load(data.name, size=data.size, root=data.root, verify=data.verify, invert=data.invert)
+
+
+def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
+    """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched.
+
+    A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
+    """
+    config_lib.conform(config.to_dict(), "the config")
+    description = sources.describe(config.data.name, config.data.size)
+    if config.data.rank != description.rank:
+        other = {2: "configs/vit2d.py", 3: "configs/vit3d.py"}[description.rank]
+        raise config_lib.InputError(
+            f"data.name={description.name} is {description.rank}D, this config is for {config.data.rank}D data; use {other}"
+        )
+    config_lib.one_of("data.placement", config.data.placement, PLACEMENTS)
+    config_lib.one_of("model.attention", config.model.attention, attention.FORMS)
+    geometry = checks.geometry(config, description)
+    checks.training(config)
+    return Experiment(
+        config=config,
+        description=description,
+        seeds=checks.seeds(config),
+        augmentation=checks.augmentation(config, description.image_size),
+        network=recorded or networks.of_config(config, description),
+        geometry=geometry,
+    )
