@@ -149,7 +149,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(capsys, tmp_path,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments = [f"--config={ROOT}/configs/vit3d.py", "--sweep"]
     line = refused(capsys, tmp_path / "root", *arguments, "--points=dataset=organmnist3d|vesselmnist3d")
-    words = ["organmnist3d-patch1, vesselmnist3d-patch1: at least 26.6 GB", "cpu (made up) has 16.0 GB"]
+    words = ["organmnist3d-patch1: at least 26.6 GB", "vesselmnist3d-patch1: at least 26.7 GB", "cpu (made up) has 16.0 GB"]
     words += ["--points='dataset=organmnist3d|vesselmnist3d,patch=28|14|7|4|2' leaves out what cannot fit"]
     assert all(word in line for word in words), line
     assert call(f"--config={ROOT}/configs/vit3d.py", "--list") == 0
