@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: run test test-all lint lock clean
+.PHONY: run test test-all lint benchmark lock clean
 
 run: .venv/ready
 	$(RUN) -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
@@ -17,6 +17,16 @@ test-all: .venv/ready
 lint: .venv/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+
+# With PEER="python path/to/step.py" each patch size is measured beside that command, in turn.
+benchmark: .venv/ready
+ifdef PEER
+	$(RUN) -m benchmarks.compare --peer="$(PEER)" --patches=28,14,7,4,2,1
+	$(RUN) -m benchmarks.compare --peer="$(PEER)" --rank=3 --batch=8 --patches=14,7,4
+else
+	$(RUN) -m benchmarks.step --patches=28,14,7,4,2,1
+	$(RUN) -m benchmarks.step --rank=3 --batch=8 --patches=14,7,4
+endif
 
 # Needs uv; resolves pyproject.toml anew. Torch and what only torch needs are left out: vitmed never imports them.
 lock:
