@@ -286,7 +286,7 @@ def test_with_no_intact_checkpoint_left_nothing_is_trained_or_deleted(small_conf
 
 
 def test_a_failed_seed_is_still_failed_after_a_stop_within_the_epoch(small_config, tmp_path, capsys):
-    cfg = small_config(train__learning_rate="1e38")
+    cfg = small_config(train__learning_rate="1e15")
     with pytest.raises(config.Stopped):
         start(cfg, tmp_path, signals=StopAfter(2), steps_per_chunk=1)
     assert stored(cfg, tmp_path)[1]["failed"] == [True, True]

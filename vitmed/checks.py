@@ -48,9 +48,10 @@ def training(config: ml_collections.ConfigDict) -> None:
         config_lib.require(1 <= value <= MOST, name, value, f"from 1 to {MOST}")
     for name in ("lr_gamma", "checkpoint_seconds"):
         config_lib.finite(f"train.{name}", train[name], least=0.0)
-    # Within these AdamW's update is a finite number wherever the gradient's squared norm is one, which is what a step looks at.
-    for name in ("learning_rate", "weight_decay"):
-        config_lib.finite(f"train.{name}", train[name], least=0.0, most=1e3)
+    # Within these AdamW's update of a parameter that a step can use (one whose square is a number in float32) is itself
+    # a number wherever the gradient's squared norm is one, which is what a step looks at.
+    config_lib.finite("train.learning_rate", train.learning_rate, least=0.0, most=1e15)
+    config_lib.finite("train.weight_decay", train.weight_decay, least=0.0, most=1e3)
     config_lib.finite("train.epsilon", train.epsilon, least=1e-20, most=1e3)
     for name in ("beta1", "beta2"):
         config_lib.require(0 <= train[name] < 1, f"train.{name}", train[name], "from 0 to less than 1")
