@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitmed import config, cost
-from vitmed.models import attention, build, inputs
+from vitmed.models import attention, build, inputs, vit
 from vitmed.runs import machine
 from vitmed.training import augment, optim, programs, sharding, tasks
 
@@ -43,6 +43,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="runs trained together")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time to measure per patch size")
     parser.add_argument("--attention", default="auto", choices=attention.FORMS)
+    parser.add_argument("--scanned", action="store_true", help="one block compiled and looped over, instead of all in a row")
+    parser.add_argument("--remat", default="none", choices=vit.REMATS)
     parser.add_argument("--dtype", default="float32", choices=sorted(build.DTYPES))
     return parser.parse_args(argv)
 
@@ -60,6 +62,8 @@ def recipe(args: argparse.Namespace, patch: int) -> programs.Recipe:
         num_classes=2,
         dtype=args.dtype,
         attention=attention.choose(form, platform=platform, num_tokens=num_tokens),
+        scanned=args.scanned,
+        remat=args.remat,
     )
     return programs.Recipe(
         init=functools.partial(build.initialise, model, image_size=size, in_channels=3),

@@ -11,7 +11,7 @@ from jax.extend import core
 from scipy import special, stats
 
 from vitmed import config, cost
-from vitmed.models import build, layers, vit
+from vitmed.models import attention, build, layers, vit
 
 # (image, patch): 2D, anisotropic 2D, 3D, anisotropic 3D, and one patch for the whole image.
 SHAPES = [((8, 8), (4, 4)), ((6, 8), (3, 2)), ((4, 4, 4), (2, 2, 2)), ((6, 4, 10), (3, 1, 5)), ((6, 6), (6, 6))]
@@ -312,47 +312,79 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters_and_logits()
     assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_drop_path_is_the_identity_in_evaluation_and_drops_whole_examples_in_training():
-    rate, B = 0.25, 4000
-    module, branch = layers.DropPath(rate), jnp.asarray(np.random.default_rng(0).normal(size=(B, 2, 3)) + 3, jnp.float32)
-    np.testing.assert_array_equal(module.apply({}, branch, train=False), branch)
-    np.testing.assert_array_equal(layers.DropPath(0.0).apply({}, branch, train=True), branch)
-    out = np.asarray(module.apply({}, branch, train=True, rngs={"drop_path": jax.random.key(0)}))
-    dropped = ~out.any(axis=(1, 2))
-    np.testing.assert_allclose(out[~dropped], branch[~dropped] / (1 - rate), rtol=1e-6)
-    assert abs(dropped.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / B)
-    np.testing.assert_allclose(out.mean(), branch.mean(), rtol=4 * np.sqrt(rate / (1 - rate) / B))
-    other = module.apply({}, branch, train=True, rngs={"drop_path": jax.random.key(1)})
-    assert not np.array_equal(out, other)
+def test_drop_path_drops_whole_examples_and_keeps_the_mean_and_every_branch_draws_its_own():
+    rates, B = [0.0, 0.2, 0.6], 4000
+    factors = np.asarray(layers.drop_path_factors(jax.random.key(0), rates, B))
+    assert factors.shape == (3, 2, B)
+    for rate, block in zip(rates, factors, strict=True):
+        for branch in block:
+            dropped = branch == 0
+            np.testing.assert_allclose(branch[~dropped], 1 / (1 - rate), rtol=1e-6)
+            assert abs(dropped.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / B)
+    acting = factors[1:].reshape(4, B) == 0
+    assert np.abs(np.corrcoef(acting)[np.triu_indices(4, 1)]).max() < 5 / np.sqrt(B)
+    assert not np.array_equal(factors, layers.drop_path_factors(jax.random.key(1), rates, B))
 
 
-def test_drop_path_rises_over_depth_and_every_branch_draws_its_own():
-    B, rate, depth = 2000, 0.6, 4
-    module = build.model(build.plain(4, depth, 1), patch_size=(2, 2), num_classes=2, drop_path=rate)
-    images, params = images_of((2, 2), batch=B), made_up(initialiser(module, (2, 2)))
+def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_rescaled():
+    block = layers.Block(2, 8, attention.plain)
+    tokens = images_of((4,), channels=6, batch=3)
+    params = made_up(lambda: block.init(jax.random.key(0), tokens)["params"])
+    out = np.asarray(block.apply({"params": params}, tokens, jnp.asarray([[0.0, 0.0, 1.0], [0.0, 2.0, 1.0]])))
+    np.testing.assert_array_equal(out[0], tokens[0])
+    np.testing.assert_allclose(out[2], block.apply({"params": params}, tokens)[2], rtol=1e-6)
+    alone = jax.tree.map(jnp.zeros_like, params["attn"]["proj"])  # attention that adds nothing
+    mlp = block.apply({"params": params | {"attn": params["attn"] | {"proj": alone}}}, tokens)[1] - tokens[1]
+    np.testing.assert_allclose(out[1], tokens[1] + 2 * mlp, rtol=1e-5)
 
-    @quick_jit
-    def trained(images):
-        kept = {}
 
-        def watch(call, args, kwargs, context):
-            result = call(*args, **kwargs)
-            if isinstance(context.module, layers.DropPath):
-                kept["/".join(context.module.path)] = result.any(axis=(1, 2))
-            return result
+def test_drop_path_rises_linearly_over_depth_in_training_only(monkeypatch):
+    module = build.model(build.plain(4, 4, 1), patch_size=(2, 2), num_classes=2, drop_path=0.6)
+    images, params = images_of((2, 2), batch=8), made_up(initialiser(module, (2, 2)))
+    asked, real = [], layers.drop_path_factors
+    monkeypatch.setattr(layers, "drop_path_factors", lambda key, rates, batch: asked.append((rates, batch)) or real(key, rates, batch))
+    trained = [module.apply({"params": params}, images, train=True, rngs={"drop_path": jax.random.key(seed)}) for seed in (0, 1)]
+    np.testing.assert_allclose([rates for rates, _ in asked], [[0.0, 0.2, 0.4, 0.6]] * 2)
+    assert [batch for _, batch in asked] == [8, 8]
+    assert not np.allclose(*trained)
+    assert not np.allclose(trained[0], applied(module, params, images))
+    assert len(asked) == 2
 
-        with nn.intercept_methods(watch):
-            return module.apply({"params": params}, images, train=True, rngs={"drop_path": jax.random.key(0)}), kept
 
-    logits, kept = trained(images)
-    assert not np.allclose(logits, applied(module, params, images))
-    assert len(kept) == 2 * depth
-    for path, mask in kept.items():
-        expected = rate * int(path[6:8]) / (depth - 1)  # block_03/drop1
-        assert abs((1 - mask.mean()) - expected) <= 4 * np.sqrt(expected * (1 - expected) / B), path
-    acting = [mask for path, mask in kept.items() if not path.startswith("block_00")]
-    between = np.corrcoef(acting)[np.triu_indices(len(acting), 1)]
-    assert np.abs(between).max() < 5 / np.sqrt(B)
+SCANS = [{"scanned": True}, {"remat": "attention"}, {"remat": "blocks"}]
+
+
+@pytest.mark.parametrize("scan", SCANS, ids=["scanned", "attention", "blocks"])
+def test_scanning_and_recomputing_change_neither_logits_nor_gradients_nor_names(scan):
+    sizes = build.Architecture(12, 3, 2, 8, swiglu=True, layer_scale=True)
+    make = functools.partial(build.model, sizes, patch_size=(4, 4), num_classes=3, drop_path=0.3)
+    unrolled, looped = make(), make(**scan)
+    images, params = images_of((8, 8)), made_up(initialiser(unrolled, (8, 8)))
+    jax.tree.map(np.testing.assert_array_equal, made_up(initialiser(looped, (8, 8))), params)
+
+    def loss(module, params):
+        logits = module.apply({"params": params}, images, train=True, rngs={"drop_path": jax.random.key(3)})
+        return jnp.sum(logits**2), logits
+
+    (_, expected), gradient = jax.value_and_grad(loss, 1, has_aux=True)(unrolled, params)
+    (_, logits), looped_gradient = jax.value_and_grad(loss, 1, has_aux=True)(looped, params)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), looped_gradient, gradient)
+
+
+def test_what_is_computed_again_is_not_kept():
+    images = images_of((32, 32))
+
+    def temporary_bytes(**scan):
+        module = build.model(build.plain(24, 6, 3), patch_size=(2, 2), num_classes=2, **scan)
+        params = jax.eval_shape(initialiser(module, (32, 32)))
+        gradient = jax.jit(jax.grad(lambda params: module.apply({"params": params}, images).sum()))
+        return gradient.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    nothing, attention_again, blocks_again = (temporary_bytes(**scan) for scan in SCANS)
+    weights = len(images) * 3 * 257**2 * 4  # of one block, in bytes
+    assert nothing - attention_again > 0.9 * 5 * weights  # all but one block's
+    assert blocks_again < 0.9 * attention_again
 
 
 def test_an_unknown_variant_is_named_with_those_that_exist():

@@ -86,6 +86,8 @@ def model(
     drop_path: float = 0.0,
     dtype: str = "float32",
     attention: attentions.Attention = attentions.plain,
+    scanned: bool = False,
+    remat: str = "none",
 ) -> vit.ViT:
     """The linen module; patch and kernel size have one entry per axis of the image, and no kernel size is the patch's."""
     return vit.ViT(
@@ -96,6 +98,8 @@ def model(
         drop_path=drop_path,
         dtype=DTYPES[dtype],
         attention=attention,
+        scanned=scanned,
+        remat=remat,
     )
 
 

@@ -5,7 +5,7 @@ LayerNorm statistics always in float32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -94,19 +94,13 @@ class LayerScale(nn.Module):
         return branch * self.param("gamma", nn.initializers.constant(1e-5), (branch.shape[-1],)).astype(self.dtype)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training drops a residual branch per example, rescaled to keep its mean."""
+def drop_path_factors(key: jax.Array, rates: Sequence[float], batch_size: int) -> jax.Array:
+    """Stochastic depth (arXiv 1603.09382) for two residual branches per block: [depth, 2, B] of 0 and 1 / (1 - rate).
 
-    rate: float
-
-    @nn.compact
-    def __call__(self, branch: jax.Array, *, train: bool) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; needs the random stream `drop_path` when it acts."""
-        if not train or self.rate == 0.0:
-            return branch
-        # linen folds the module's path into the key, so every block draws its own.
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), 1.0 - self.rate, (branch.shape[0], 1, 1))
-        return jnp.where(kept, branch / (1.0 - self.rate), 0.0).astype(branch.dtype)
+    A branch of block i is dropped, example by example, with probability `rates[i]` and otherwise rescaled to keep its mean.
+    """
+    kept = 1.0 - jnp.asarray(rates, jnp.float32)[:, None, None]
+    return jax.random.bernoulli(key, kept, (len(rates), 2, batch_size)) / kept
 
 
 class Block(nn.Module):
@@ -114,15 +108,14 @@ class Block(nn.Module):
 
     num_heads: int
     mlp_width: int
-    drop_path: float
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     swiglu: bool = False
     layer_scale: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
-        """[B, N, D] -> [B, N, D]."""
+    def __call__(self, tokens: jax.Array, factors: jax.Array | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `factors` [2, B] multiply the branches, as `drop_path_factors` gives them."""
         branches = (
             Attention(self.num_heads, self.attention, self.dtype, name="attn"),
             MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp"),
@@ -131,7 +124,9 @@ class Block(nn.Module):
             changed = branch(layer_norm(f"norm{number}", self.dtype)(tokens))
             if self.layer_scale:
                 changed = LayerScale(self.dtype, name=f"ls{number}")(changed)
-            tokens = tokens + DropPath(self.drop_path, name=f"drop{number}")(changed, train=train)
+            if factors is not None:
+                changed = changed * factors[number - 1, :, None, None].astype(self.dtype)
+            tokens = tokens + changed
         return tokens
 
 

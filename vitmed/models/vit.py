@@ -17,6 +17,7 @@ from vitmed.models import attention as attentions
 from vitmed.models import layers
 
 POOLINGS = ("cls", "mean", "map", "distilled")
+REMATS = ("none", "attention", "blocks")
 
 
 def patchify(images: jax.Array, patch_size: tuple[int, ...]) -> jax.Array:
@@ -78,6 +79,9 @@ class ViT(nn.Module):
     Images are [B, *S, C] float32, already normalised. `num_classes=None` returns the pooled features [B, D] instead. `kernel_size` are the
     pixels that a token is computed from, None for the patch's. `drop_path` rises linearly over depth to this rate. The other fields are
     those of `build.Architecture`, which says what they mean. Fresh parameters are drawn as timm draws them.
+
+    `scanned` compiles one block and loops over the blocks' parameters; `remat` (one of REMATS) says what the backward pass computes again
+    instead of keeping it. Neither changes what is computed, nor the parameters' names.
     """
 
     patch_size: tuple[int, ...]
@@ -98,6 +102,8 @@ class ViT(nn.Module):
     drop_path: float = 0.0
     dtype: Any = jnp.float32
     attention: attentions.Attention = attentions.plain
+    scanned: bool = False
+    remat: str = "none"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -108,22 +114,44 @@ class ViT(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0."""
         tokens = self._embed(images)
-        for index in range(self.depth):
-            rate = self.drop_path * index / max(self.depth - 1, 1)
-            block = layers.Block(
-                self.num_heads,
-                self.mlp_width,
-                rate,
-                self.attention,
-                swiglu=self.swiglu,
-                layer_scale=self.layer_scale,
-                dtype=self.dtype,
-                name=f"block_{index:02d}",
-            )
-            tokens = block(tokens, train=train)
+        factors = None
+        if train and self.drop_path:
+            rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
+            factors = layers.drop_path_factors(self.make_rng("drop_path"), rates, len(images))
+        if (self.scanned or self.remat != "none") and not self.is_initializing():
+            tokens = self._scan(tokens, factors)
+        else:
+            for index, name in enumerate(self._block_names):
+                tokens = self._block(name=name)(tokens, None if factors is None else factors[index])
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
         return self._classify(tokens)
+
+    @property
+    def _block_names(self) -> list[str]:
+        return [f"block_{index:02d}" for index in range(self.depth)]
+
+    def _block(self, **where: Any) -> layers.Block:
+        # Recomputing attention alone keeps its queries, keys and values. Within a scan nothing merges what is computed again with what was.
+        attention = jax.checkpoint(self.attention, prevent_cse=False) if self.remat == "attention" else self.attention
+        sizes = (self.num_heads, self.mlp_width, attention)
+        return layers.Block(*sizes, swiglu=self.swiglu, layer_scale=self.layer_scale, dtype=self.dtype, **where)
+
+    def _scan(self, tokens: jax.Array, factors: jax.Array | None) -> jax.Array:
+        """[B, 1 + N, D] -> [B, 1 + N, D] through all blocks, their parameters stacked and each used in turn by one loop.
+
+        On a CPU XLA undoes `jax.checkpoint` wherever it is not in a loop: it finds the second computation equal to the first.
+        """
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(self.get_variable("params", name) for name in self._block_names))
+        block = self._block(parent=None)
+
+        def apply(tokens: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
+            params, factors = layer
+            return block.apply({"params": params}, tokens, factors), None
+
+        if self.remat == "blocks":
+            apply = jax.checkpoint(apply, prevent_cse=False)
+        return jax.lax.scan(apply, tokens, (stacked, factors))[0]
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """[B, *S, C] -> [B, prefix + N, D], positions added."""
