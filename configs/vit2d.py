@@ -64,6 +64,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.beta1 = 0.9
     config.train.beta2 = 0.999
     config.train.epsilon = 1e-8
+    config.train.remat = "auto"  # computed again in the backward pass, to save memory: none, attention, blocks; auto: as little as fits
     config.train.checkpoint_seconds = 60.0  # least time between two checkpoints
 
     config.augment = ml_collections.ConfigDict()

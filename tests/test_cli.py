@@ -271,10 +271,10 @@ def test_a_sweep_runs_every_point_and_names_the_failed(two_points, tmp_path, cap
     assert call(main, f"--config={two_points}", "--sweep", f"--workdir={root}") == 1
     out, errors = capfd.readouterr()
     assert "phantom2d (synthetic)" in out
-    assert "vitmed: phantom2d-patch14-rate1000000000000000.0: failed seeds 0, 1\nvitmed: 1 of 2 points failed, or have failed seeds\n" in errors
+    assert f"vitmed: phantom2d-patch14-rate{1e15}: failed seeds 0, 1\nvitmed: 1 of 2 points failed, or have failed seeds\n" in errors
     results = {path.name: json.loads((path / "result.json").read_text()) for path in root.iterdir()}
     assert results["phantom2d-patch28-rate0.001"]["failed_seeds"] == []
-    assert results["phantom2d-patch14-rate1000000000000000.0"]["failed_seeds"] == [0, 1]
+    assert results[f"phantom2d-patch14-rate{1e15}"]["failed_seeds"] == [0, 1]
     written = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert call(main, f"--config={two_points}", "--sweep", f"--workdir={root}") == 1
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == written
@@ -297,7 +297,7 @@ def test_a_signal_stops_a_sweep_and_its_point(two_points, tmp_path):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "saved; run it again to go on" in errors
-    assert [path.name for path in root.iterdir()] == ["phantom2d-patch14-rate1000000000000000.0"]
+    assert [path.name for path in root.iterdir()] == [f"phantom2d-patch14-rate{1e15}"]
     with guard.lock(next(root.iterdir())):  # the point's process is gone as well
         pass
 

@@ -151,7 +151,7 @@ def test_a_kernel_of_another_size_counts_its_own_pixels():
     blocks = 2 * (17 * (4 * 8 * 8 + 2 * 8 * 20) + 2 * 17**2 * 8)
     assert cost.gmacs_forward(**sizes, num_classes=3) == pytest.approx((16 * (7 * 16 * 16 * 3) * 8 + blocks + 8 * 3) / 1e9, rel=1e-12)
     more = {**sizes, "num_heads": 2}
-    assert cost.activations_per_example(**more) == 28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20 + 2 * 17**2) + 2 * 17 * 8
+    assert cost.activations_per_example(**more) == (28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8, 2 * 2 * 17**2)
 
 
 def test_the_patchs_own_kernel_changes_nothing():
@@ -177,59 +177,74 @@ def test_a_kernel_that_does_not_fit_is_refused(image_size, patch_size, kernel_si
 def test_training_memory_by_hand():
     sizes = {"image_size": (28, 28), "patch_size": (14, 14), "in_channels": 1, "width": 8, "depth": 2, "mlp_width": 32}
     n, d, m, heads = 5, 8, 32, 2
-    kept = 28 * 28 + 2 * (8 * n * d + 2 * n * m + heads * n * n) + 2 * n * d
-    assert cost.activations_per_example(**sizes, num_heads=heads) == kept
-    assert cost.activations_per_example(**sizes, num_heads=heads, keeps_attention=False) == kept - 2 * heads * n * n
-    params = cost.num_params(**sizes, num_classes=3)
-    step = {"num_params": params, "activations": kept - 2 * heads * n * n, "attention_weights": 2 * heads * n * n, "num_tokens": n}
-    step |= {"width": d, "depth": 2, "batch_size": 16, "eval_batch_size": 1}
+    around, block, weights = 28 * 28 + 2 * n * d, 8 * n * d + 2 * n * m, heads * n * n
+    made = {remat: cost.activations_per_example(**sizes, num_heads=heads, remat=remat) for remat in ("none", "attention", "blocks")}
+    assert made["none"] == (around + 2 * block, 2 * weights)
+    assert made["attention"] == (around + 2 * block, weights)
+    assert made["blocks"] == (around + 2 * n * d + block, weights)
+    params, kept = cost.num_params(**sizes, num_classes=3), sum(made["none"])
+    step = {"num_params": params, "activations": made["none"], "block_attention_weights": weights, "num_tokens": n}
+    step |= {"width": d, "batch_size": 16, "eval_batch_size": 1}
     assert cost.training_memory(**step).least == 16 * params + 16 * kept * 4
     assert cost.training_memory(**step, num_runs=3).least == 3 * (16 * params + 16 * kept * 4)
     assert cost.training_memory(**step, num_runs=3, mapped=True).least == 3 * 16 * params + 16 * kept * 4
     assert cost.training_memory(**step, bytes_per_activation=2).least == 16 * params + 16 * kept * 2
     assert cost.training_memory(**step, split_bytes=10**6).least == 16 * params + 16 * kept * 4 + 10**6
-    few = {**step, "batch_size": 1, "activations": 1, "attention_weights": 0}
+    few = {**step, "batch_size": 1, "activations": cost.Activations(1, 0)}
     assert cost.training_memory(**few).least == 5 * 4 * params  # gradients, where they are more than activations
 
 
-# What XLA (jax 0.10.2, CPU) says of the compiled training step: its arguments and temporaries, and the best parameters, in MB; batch 8.
+# What XLA (jax 0.10.2, CPU) says of the compiled training step: its arguments and temporaries, and the best parameters, in MB.
 COMPILED = [
-    ("Ti", (28, 28), 28, 3, True, 627.8),
-    ("Ti", (28, 28), 4, 1, True, 202.8),
-    ("Ti", (28, 28), 4, 3, True, 632.2),
-    ("Ti", (28, 28), 4, 3, False, 607.4),
-    ("Ti", (28, 28), 2, 3, True, 1067.4),
-    ("Ti", (28, 28), 1, 1, True, 3992.3),
-    ("S", (28, 28), 7, 3, True, 2311.1),
-    ("Ti", (28, 28, 28), 7, 3, True, 707.8),
-    ("Ti", (28, 28, 28), 4, 1, True, 1245.6),
+    ("Ti", (28, 28), 28, 3, True, 8, "none", 627.8),
+    ("Ti", (28, 28), 4, 1, True, 8, "none", 202.8),
+    ("Ti", (28, 28), 4, 3, True, 8, "none", 632.2),
+    ("Ti", (28, 28), 4, 3, False, 8, "none", 607.4),
+    ("Ti", (28, 28), 2, 3, True, 8, "none", 1067.4),
+    ("Ti", (28, 28), 1, 1, True, 8, "none", 3992.3),
+    ("S", (28, 28), 7, 3, True, 8, "none", 2311.1),
+    ("Ti", (28, 28, 28), 7, 3, True, 8, "none", 707.8),
+    ("Ti", (28, 28, 28), 4, 1, True, 8, "none", 1245.6),
+    ("Ti", (28, 28), 4, 1, True, 16, "attention", 203.3 + 4 * 21.4),
+    ("Ti", (28, 28), 2, 1, True, 8, "attention", 359.9 + 4 * 21.5),
+    ("Ti", (28, 28, 28), 4, 1, True, 4, "attention", 325.6 + 4 * 21.8),
+    ("Ti", (28, 28), 4, 1, True, 16, "blocks", 72.7 + 4 * 21.4),
+    ("Ti", (28, 28), 2, 1, True, 8, "blocks", 109.7 + 4 * 21.5),
+    ("Ti", (28, 28, 28), 4, 1, True, 4, "blocks", 109.6 + 4 * 21.8),
 ]
 
 
-@pytest.mark.parametrize(("name", "image_size", "patch", "runs", "mapped", "megabytes"), COMPILED)
-def test_training_memory_against_what_the_compiler_takes(name, image_size, patch, runs, mapped, megabytes):
+@pytest.mark.parametrize(("name", "image_size", "patch", "runs", "mapped", "batch_size", "remat", "megabytes"), COMPILED)
+def test_training_memory_against_what_the_compiler_takes(name, image_size, patch, runs, mapped, batch_size, remat, megabytes):
     """Should the model or the compiler change: compile the steps anew, read memory_analysis() and fit the factors of training_memory."""
     sizes = vit(image_size, (patch,) * len(image_size), width=WIDTHS[name])
     tokens, heads = cost.num_tokens(image_size, sizes["patch_size"]), WIDTHS[name] // 64
     estimate = cost.training_memory(
         num_params=cost.num_params(**sizes, num_classes=2 if len(image_size) == 2 else 3),
-        activations=cost.activations_per_example(**sizes, num_heads=heads, keeps_attention=False),
-        attention_weights=12 * heads * tokens**2,
+        activations=cost.activations_per_example(**sizes, num_heads=heads, remat=remat),
+        block_attention_weights=heads * tokens**2,
         num_tokens=tokens,
         width=WIDTHS[name],
-        depth=12,
-        batch_size=8,
+        batch_size=batch_size,
         eval_batch_size=1,
         num_runs=runs,
         mapped=mapped,
-        split_bytes=(546 if len(image_size) == 2 else 1027) * math.prod(image_size),
+        scanned=remat != "none",
+        split_bytes=0 if remat != "none" else (546 if len(image_size) == 2 else 1027) * math.prod(image_size),
     )
-    assert estimate.likely / 1e6 == pytest.approx(megabytes, rel=0.03)
-    assert estimate.least / 1e6 < 0.8 * megabytes
+    assert estimate.likely / 1e6 == pytest.approx(megabytes, rel=0.03 if remat == "none" else 0.15)
+    assert estimate.least / 1e6 < 0.95 * megabytes
 
 
 def test_the_memory_of_a_prediction_counts_where_it_is_more_than_that_of_a_step():
-    step = {"num_params": 10, "activations": 1, "attention_weights": 12, "num_tokens": 3, "width": 5, "depth": 4, "batch_size": 1}
+    step = {
+        "num_params": 10,
+        "activations": cost.Activations(1, 12),
+        "block_attention_weights": 3,
+        "num_tokens": 3,
+        "width": 5,
+        "batch_size": 1,
+    }
     small, large = (cost.training_memory(**step, eval_batch_size=size) for size in (1, 100))
     assert large.likely == 16 * 10 + 100 * 4 * (14 * 3 * 5 + 2 * 3)
     assert small.likely < large.likely
@@ -244,6 +259,5 @@ def test_the_time_of_a_step_grows_with_arithmetic_and_with_parameters():
 
 def test_the_attention_matrix_is_what_small_patches_cost():
     kept = {p: cost.activations_per_example(**vit((28, 28), (p, p), width=192, num_heads=3)) for p in (4, 1)}
-    without = {p: cost.activations_per_example(**vit((28, 28), (p, p), width=192, num_heads=3), keeps_attention=False) for p in (4, 1)}
-    assert 1 - without[4] / kept[4] < 0.05
-    assert 1 - without[1] / kept[1] > 0.4
+    assert kept[4].attention_weights < 0.05 * sum(kept[4])
+    assert kept[1].attention_weights > 0.4 * sum(kept[1])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vitmed import config, cost, experiment, forecast
+from vitmed import budget, config, cost, experiment, forecast
 from vitmed.runs import machine
 from vitmed.training import programs
 
@@ -37,45 +37,68 @@ def test_the_estimate_is_near_what_the_compiler_takes(monkeypatch):
     analysis = compiled[0].memory_analysis()
     params = 4 * cost.num_params(**plan.shape)
     taken = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + 3 * params  # and the best parameters
-    least, likely = forecast.memory(plan, CPU)
-    besides = forecast.PROCESS_BYTES + forecast.CHECKPOINT_COPIES * forecast.COPIES_OF_PARAMETERS * 3 * params + 900 * 28**3
+    least, likely = budget.memory(plan, CPU)
+    besides = budget.PROCESS_BYTES + budget.CHECKPOINT_COPIES * budget.COPIES_OF_PARAMETERS * 3 * params + 900 * 28**3
     assert likely - besides == pytest.approx(taken, rel=0.15)
     assert least < 0.8 * taken
 
 
 def test_more_seeds_devices_and_data_change_memory_as_they_must():
     one, three = (planned("patch=4", seeds=seeds) for seeds in ("0", "0,1,2"))
-    assert forecast.memory(three, GPU).likely > 2.9 * forecast.memory(one, GPU).likely  # computed at once
-    assert forecast.memory(three, CPU).least < 2.9 * forecast.memory(one, CPU).least  # one after another
-    assert forecast.memory(one, GPU._replace(count=8)).least < forecast.memory(one, GPU).least  # the batch is split
+    assert budget.memory(three, GPU).likely > 2.9 * budget.memory(one, GPU).likely  # computed at once
+    assert budget.memory(three, CPU).least < 2.9 * budget.memory(one, CPU).least  # one after another
+    assert budget.memory(one, GPU._replace(count=8)).least < budget.memory(one, GPU).least  # the batch is split
     sharded = planned("patch=4", seeds="0", mesh__fsdp="4")
-    assert forecast.memory(sharded, GPU._replace(count=4)).least < 0.5 * forecast.memory(one, GPU).least
+    assert budget.memory(sharded, GPU._replace(count=4)).least < 0.5 * budget.memory(one, GPU).least
     path, streamed = (planned("dataset=pathmnist,patch=4", data__placement=where) for where in ("device", "host"))
-    assert forecast.memory(path, GPU).least - forecast.memory(streamed, GPU).least == 89_996 * 28 * 28 * 3
+    assert budget.memory(path, GPU).least - budget.memory(streamed, GPU).least == 89_996 * 28 * 28 * 3
 
 
 def test_attention_that_keeps_no_weights_is_counted_without_them():
     plain, blockwise = (planned("patch=1", model__attention=form) for form in ("plain", "blockwise"))
     weights = 8 * 12 * 3 * 785**2 * 4  # batch, blocks, heads, tokens, bytes
-    assert forecast.memory(plain, GPU).least - forecast.memory(blockwise, GPU).least == 3 * weights
-    assert forecast.memory(planned("patch=1"), CPU) == forecast.memory(blockwise, CPU)
+    assert budget.memory(plain, GPU).least - budget.memory(blockwise, GPU).least == 3 * weights
+    assert budget.memory(planned("patch=1"), CPU) == budget.memory(blockwise, CPU)
+
+
+def test_as_little_is_computed_again_as_fits():
+    def chosen(gigabytes, patch="1", device=GPU, **overrides):
+        memory = gigabytes and gigabytes * 10**9
+        return budget.remat(planned(f"patch={patch}", file="vit3d", seeds="0", **overrides), device._replace(memory_bytes=memory))
+
+    by_size = {size: chosen(size, patch="2", model__attention="plain") for size in (60, 20, 5, 1, None)}
+    assert by_size == {60: "none", 20: "attention", 5: "blocks", 1: "blocks", None: "none"}
+    assert [chosen(size) for size in (80, 40)] == ["none", "blocks"]  # nothing to gain from attention's weights, which blockwise keeps not
+    assert chosen(40, model__dtype="bfloat16") == "none"
+    assert chosen(16, device=CPU, train__batch_size="1", eval__batch_size="1") == "none"
+    assert chosen(80, train__remat="blocks") == "blocks"
+    assert chosen(1, train__remat="none") == "none"
+    volume = planned("patch=1", file="vit3d", seeds="0")  # batch 8, float32
+    small, large = (budget.memory(volume, GPU._replace(memory_bytes=size)).likely for size in (40 * 10**9, 80 * 10**9))
+    assert small < 40 * 10**9 < large
+
+
+def test_the_model_is_built_with_what_the_budget_says(monkeypatch):
+    monkeypatch.setattr(machine, "device", lambda: CPU._replace(memory_bytes=1))
+    recipe = experiment.recipe(planned("dataset=phantom2d,patch=14,variant=vit_micro"), steps_per_epoch=1)
+    assert recipe.apply.__self__.remat == "blocks"
 
 
 def test_what_cannot_fit_is_refused_with_its_numbers_and_the_remedy():
-    volume = planned("patch=1", file="vit3d", model__attention="plain")
+    volume = planned("patch=1", file="vit3d", model__attention="plain", train__remat="none")
     with pytest.raises(config.InputError) as raised:
         forecast.require_fit(volume, CPU)
     words = ["fracturemnist3d patch 1: ", "581.8 GB", "cpu (made up) has 16.0 GB", "not even train.batch_size=1 fits", "larger patch"]
     assert all(word in str(raised.value) for word in words), raised.value
-    image = planned("patch=1", train__batch_size="512")
+    image = planned("patch=1", train__batch_size="512", train__remat="none")
     with pytest.raises(config.InputError, match=r"lower train.batch_size \(it is 512\)"):
         forecast.require_fit(image, CPU)
     forecast.require_fit(volume, CPU._replace(memory_bytes=None))  # a device that does not tell
 
 
 def test_what_may_not_fit_is_said_and_not_refused(capsys):
-    between = planned("patch=1", seeds="0")
-    least, likely = forecast.memory(between, CPU)
+    between = planned("patch=1", seeds="0", train__remat="none")
+    least, likely = budget.memory(between, CPU)
     forecast.require_fit(between, CPU._replace(memory_bytes=(least + likely) // 2))
     line = capsys.readouterr().err
     assert line.startswith("vitmed: breastmnist patch 1 may not fit: it is likely to take ")

@@ -15,7 +15,7 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"cli", "experiment", "forecast", "planning", "sweep"}  # what the CLIs are made of
+TOP = {"budget", "cli", "experiment", "forecast", "planning", "sweep"}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "checks": BELOW,
     "network": BELOW,
     "planning": BELOW | {"checks", "network"},
-    "experiment": BELOW | {"network", "planning"},
+    "budget": BELOW | {"planning"},
+    "experiment": BELOW | {"budget", "network", "planning"},
     "cli": {"config"},
-    "forecast": BELOW | {"network", "experiment"},
-    "sweep": BELOW | {"cli", "experiment", "forecast"},
+    "forecast": BELOW | {"budget", "network", "experiment"},
+    "sweep": BELOW | {"budget", "cli", "experiment", "forecast"},
     **dict.fromkeys(CLIS, BELOW | CLIS | TOP),
     "configs": LEAVES,
     "launch": BELOW | CLIS | TOP,
@@ -46,7 +47,7 @@ TORCH = {"torch", "torchvision", "medmnist"}  # importing medmnist imports torch
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FORBIDDEN = {"data": DEVICE, "study": DEVICE, "models": {"optax", "grain", "orbax"}}
 ONLY_THESE = {"metrics": {"numpy"}, "cost": set(), "npz": {"numpy"}}  # besides the standard library
-SEE_CONFIG_DICTS = CLIS | {"experiment", "planning", "forecast", "checks", "network", "config", "configs"}
+SEE_CONFIG_DICTS = CLIS | {"experiment", "planning", "budget", "forecast", "checks", "network", "config", "configs"}
 LOOP = "vitmed/training/loop.py"
 BAD_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 LONGEST = {"tests": 500}

@@ -54,7 +54,7 @@ def stored(cfg, path) -> tuple[list[np.ndarray], dict]:
     planned = experiment.plan(cfg)
     recipe = experiment.recipe(planned, steps_per_epoch=1)
     with checkpoint.Checkpoints(folder.RunFolder(path).checkpoints, read_only=True) as checkpoints:
-        state, best = recipe.abstract()
+        state, best = recipe.abstract
         items = checkpoints.restore(checkpoints.latest(), state=state, best=best, progress=None)
     progress = {name: value for name, value in items["progress"].items() if not name.endswith("seconds")}
     return [np.asarray(leaf) for leaf in jax.tree.leaves((items["state"], items["best"]))], progress

@@ -122,6 +122,13 @@ def gmacs_forward(
     return (embedding + depth * (linear + attention) + pool + width * num_classes) / 1e9
 
 
+class Activations(NamedTuple):
+    """Numbers that a backward pass needs kept: attention's weights, where it keeps them, and everything else."""
+
+    linear: int
+    attention_weights: int
+
+
 def activations_per_example(
     *,
     image_size: tuple[int, ...],
@@ -133,18 +140,22 @@ def activations_per_example(
     num_heads: int,
     kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
-    keeps_attention: bool = True,
-) -> int:
-    """Return how many numbers of one example a backward pass needs kept, nothing being recomputed.
+    remat: str = "none",
+) -> Activations:
+    """Return how many numbers of one example a backward pass needs kept, by what it computes again (`remat`).
 
     Per block: 8 N D (input of the block, output of its first norm, q, k, v, attention output, input and output of the second
-    norm), 2 N M (the MLP before and after GELU) and the attention weights H N^2, unless attention recomputes them
-    (keeps_attention=False). Around the blocks: the normalised image and the input and output of the last norm.
+    norm), 2 N M (the MLP before and after GELU) and the attention weights H N^2. With remat=attention one block's weights are there at a
+    time, with remat=blocks one block's everything, besides the input of each. Around the blocks: the normalised image and the input and
+    output of the last norm.
     """
     tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
-    weights = num_heads * tokens**2 if keeps_attention else 0
-    block = 8 * tokens * width + 2 * tokens * mlp_width + weights
-    return math.prod(image_size) * in_channels + depth * block + 2 * tokens * width
+    weights, inside = num_heads * tokens**2, 8 * tokens * width + 2 * tokens * mlp_width
+    blocks = inside + depth * tokens * width if remat == "blocks" else depth * inside
+    return Activations(
+        linear=math.prod(image_size) * in_channels + blocks + 2 * tokens * width,
+        attention_weights=depth * weights if remat == "none" else weights,
+    )
 
 
 class Memory(NamedTuple):
@@ -157,37 +168,38 @@ class Memory(NamedTuple):
 def training_memory(
     *,
     num_params: int,
-    activations: int,
-    attention_weights: int,
+    activations: Activations,
+    block_attention_weights: int,
     num_tokens: int,
     width: int,
-    depth: int,
     batch_size: int,
     eval_batch_size: int,
     num_runs: int = 1,
     mapped: bool = False,
+    scanned: bool = False,
     bytes_per_activation: int = 4,
     split_bytes: int = 0,
 ) -> Memory:
     """Return the bytes that all runs take on one device; `mapped` runs follow each other, others are computed at once.
 
-    `activations` are those of `activations_per_example` without attention weights, `attention_weights` the H N^2 of all blocks together,
-    both of one example. `split_bytes` is the training split, where it lives on the device.
+    `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them; both count no weights where
+    attention keeps none. `split_bytes` is the training split, where it lives on the device.
 
     The least: parameters, two Adam moments and the best parameters of every run, and for the runs computed at once either the gradients
     or, where these are more, what the backward pass needs. The likely is fitted to what XLA 0.10 says of the compiled step on a CPU
     (memory_analysis): 1.8 times the activations and 3 times the attention weights, or three more copies of the parameters where these
-    are more; `lax.map` over several runs copies their state once more, and one run's. A prediction takes 14 numbers for each of a token's
-    channels, and a block's attention weights twice (measured by the process's size: XLA does not count them). On 14 programs (vit_micro,
-    vit_ti and vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways) it was from 2 % too low to 8 % too high.
+    are more; `lax.map` over several runs copies their state once more, and one run's. A model whose blocks are `scanned` takes 1.5 times
+    the activations and holds parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels,
+    and a block's attention weights twice (measured by the process's size: XLA does not count them). On 26 programs (vit_micro, vit_ti and
+    vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
     state = 4 * params * num_runs + split_bytes
-    kept = batch_size * (activations + attention_weights) * bytes_per_activation
-    step = max(3 * params, batch_size * (1.8 * activations * bytes_per_activation + 3 * attention_weights * BYTES_OF_A_SCORE))
+    kept = batch_size * (activations.linear + activations.attention_weights) * bytes_per_activation
+    backward = 3 * activations.attention_weights * BYTES_OF_A_SCORE + (1.5 if scanned else 1.8) * activations.linear * bytes_per_activation
+    step = max(3 * params, batch_size * backward + (2 * params if scanned else 0))
     copies = 3 * params * (num_runs + 1) if mapped and num_runs > 1 else 0
-    block = 2 * attention_weights // depth * BYTES_OF_A_SCORE
-    prediction = eval_batch_size * (14 * num_tokens * width * bytes_per_activation + block)
+    prediction = eval_batch_size * (14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE)
     return Memory(
         least=state + at_once * max(params, kept),
         likely=state + int(max(copies + at_once * step, at_once * prediction)),

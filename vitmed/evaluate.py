@@ -136,7 +136,7 @@ def restore(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, path: 
     latest = checkpoints.latest()
     if latest is None:
         raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
-    _, best = recipe.abstract()
+    _, best = recipe.abstract
     items = checkpoints.restore(latest, best=best, progress=None)
     progress = loop.Progress(**items["progress"])
     if not progress.rows:

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import ml_collections
 
+from vitmed import budget, planning
 from vitmed import config as config_lib
 from vitmed import network as networks
-from vitmed import planning
 from vitmed.data import pipeline, sources
 from vitmed.models import attention, build, exported, inputs
 from vitmed.runs import checkpoint, folder, guard, machine
@@ -54,6 +54,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
         attention=attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens),
+        remat=budget.remat(experiment, machine.device()),
     )
     train = config.train
     return programs.Recipe(

@@ -10,17 +10,12 @@ from typing import Any
 
 import ml_collections
 
+from vitmed import budget, cost, experiment
 from vitmed import config as config_lib
-from vitmed import cost, experiment
 from vitmed import network as networks
 from vitmed.runs import machine
-from vitmed.training import loop, sharding
 
-# On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
-# while it is written.
-PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters
 
 
 def outline(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> experiment.Experiment:
@@ -31,58 +26,9 @@ def outline(config: ml_collections.ConfigDict, recorded: networks.Network | None
     return experiment.plan(bare, recorded)
 
 
-def memory(planned: experiment.Experiment, device: machine.Device, *, batch_size: int | None = None) -> cost.Memory:
-    """The bytes that a run takes of each device; on a CPU those of the process. `batch_size` stands for the config's where given.
-
-    The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
-    of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
-    """
-    config, architecture, shape = planned.config, planned.network.architecture, planned.shape
-    sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
-    with_weights, without = (
-        cost.activations_per_example(**sizes, num_heads=architecture.num_heads, keeps_attention=keeps) for keeps in (True, False)
-    )
-    batch_sizes = (config.train.batch_size, config.eval.batch_size)
-    fsdp = max(1, config.mesh.fsdp)
-    parts = fsdp * sharding.data_parts(device.count, data=config.mesh.data, fsdp=fsdp, batch_sizes=batch_sizes)
-    params = math.ceil(cost.num_params(**shape) / fsdp)
-    least, likely = cost.training_memory(
-        num_params=params,
-        activations=without,
-        attention_weights=with_weights - without if planned.attention_form(device.platform) == "plain" else 0,
-        num_tokens=planned.num_tokens,
-        width=architecture.width,
-        depth=architecture.depth,
-        batch_size=max(1, (batch_size or config.train.batch_size) // parts),
-        eval_batch_size=max(1, config.eval.batch_size // parts),
-        num_runs=len(planned.seeds),
-        mapped=device.platform == "cpu",
-        bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
-        split_bytes=_resident_bytes(planned, device),
-    )
-    if device.platform == "cpu":
-        state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
-        likely += PROCESS_BYTES + CHECKPOINT_COPIES * state + _image_bytes(planned) * sum(planned.description.num_examples.values())
-    return cost.Memory(least, likely)
-
-
-def _image_bytes(planned: experiment.Experiment) -> int:
-    """Bytes of one image as it is stored."""
-    return math.prod(planned.description.image_size) * planned.description.num_channels
-
-
-def _resident_bytes(planned: experiment.Experiment, device: machine.Device) -> int:
-    """Bytes of the training split on the device, as `loop.place` decides; 0 where it is streamed."""
-    split = _image_bytes(planned) * planned.description.num_examples["train"]
-    tells = device.platform != "cpu" and device.memory_bytes is not None
-    limit = loop.RESIDENT_SHARE * device.memory_bytes if tells else loop.RESIDENT_BYTES
-    placement = planned.config.data.placement
-    return 0 if placement == "host" or (placement == "auto" and split > limit) else split
-
-
 def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None:
     """Why a run cannot fit the device, with the numbers; None where it may."""
-    least = memory(planned, device).least
+    least = budget.memory(planned, device).least
     if device.memory_bytes is None or least <= device.memory_bytes:
         return None
     return f"at least {gigabytes(least)} of memory are needed, and {device.name} has {gigabytes(device.memory_bytes)}"
@@ -91,7 +37,7 @@ def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None
 def advice(planned: experiment.Experiment, device: machine.Device) -> str:
     """What makes a run that does not fit smaller."""
     batch_size, larger = planned.config.train.batch_size, "a larger patch or a smaller model.variant"
-    if memory(planned, device, batch_size=1).least > device.memory_bytes:
+    if budget.memory(planned, device, batch_size=1).least > device.memory_bytes:
         return f"take {larger}: not even train.batch_size=1 fits"
     return f"lower train.batch_size (it is {batch_size}), or take {larger}"
 
@@ -105,7 +51,7 @@ def require_fit(planned: experiment.Experiment, device: machine.Device) -> None:
 
 def warn(planned: experiment.Experiment, device: machine.Device, name: str) -> None:
     """A line on stderr where a run is likely not to fit the device, though it may."""
-    likely = memory(planned, device).likely
+    likely = budget.memory(planned, device).likely
     if device.memory_bytes is not None and likely > device.memory_bytes:
         numbers = f"it is likely to take {gigabytes(likely)} of memory, and {device.name} has {gigabytes(device.memory_bytes)}"
         mend = "lower train.batch_size or eval.batch_size, or take a larger patch"

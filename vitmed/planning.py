@@ -11,7 +11,7 @@ from vitmed import checks, cost
 from vitmed import config as config_lib
 from vitmed import network as networks
 from vitmed.data import sources
-from vitmed.models import attention
+from vitmed.models import attention, vit
 from vitmed.training import augment, sharding
 
 PLACEMENTS = ("auto", "device", "host")
@@ -113,6 +113,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
         )
     config_lib.one_of("data.placement", config.data.placement, PLACEMENTS)
     config_lib.one_of("model.attention", config.model.attention, attention.FORMS)
+    config_lib.one_of("train.remat", config.train.remat, ("auto", *vit.REMATS))
     geometry = checks.geometry(config, description)
     checks.training(config)
     return Experiment(

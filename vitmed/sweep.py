@@ -16,7 +16,7 @@ from typing import Any
 
 import rich.table
 
-from vitmed import cli, experiment, forecast
+from vitmed import budget, cli, experiment, forecast
 from vitmed import config as config_lib
 from vitmed.runs import checkpoint, folder, machine
 from vitmed.study import points, tables
@@ -96,7 +96,7 @@ def _device_text(device: machine.Device | None) -> str:
 
 def _memory_text(planned: experiment.Experiment, device: machine.Device | None) -> str:
     device = device or machine.Device("unknown", "unknown", 1, None)
-    least, likely = forecast.memory(planned, device)
+    least, likely = budget.memory(planned, device)
     if device.memory_bytes is not None and least > device.memory_bytes:
         return f"{forecast.gigabytes(likely)}, cannot fit"
     tight = device.memory_bytes is not None and likely > device.memory_bytes

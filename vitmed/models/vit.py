@@ -121,17 +121,19 @@ class ViT(nn.Module):
         if (self.scanned or self.remat != "none") and not self.is_initializing():
             tokens = self._scan(tokens, factors)
         else:
-            for index, name in enumerate(self._block_names):
-                tokens = self._block(name=name)(tokens, None if factors is None else factors[index])
+            for index, name in enumerate(self.block_names):
+                tokens = self.block(name=name)(tokens, None if factors is None else factors[index])
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
         return self._classify(tokens)
 
     @property
-    def _block_names(self) -> list[str]:
+    def block_names(self) -> list[str]:
+        """The blocks' names among the parameters, in order."""
         return [f"block_{index:02d}" for index in range(self.depth)]
 
-    def _block(self, **where: Any) -> layers.Block:
+    def block(self, **where: Any) -> layers.Block:
+        """One of the blocks, as linen modules are placed: by `name`, or with `parent=None` on its own."""
         # Recomputing attention alone keeps its queries, keys and values. Within a scan nothing merges what is computed again with what was.
         attention = jax.checkpoint(self.attention, prevent_cse=False) if self.remat == "attention" else self.attention
         sizes = (self.num_heads, self.mlp_width, attention)
@@ -142,8 +144,8 @@ class ViT(nn.Module):
 
         On a CPU XLA undoes `jax.checkpoint` wherever it is not in a loop: it finds the second computation equal to the first.
         """
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(self.get_variable("params", name) for name in self._block_names))
-        block = self._block(parent=None)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(self.get_variable("params", name) for name in self.block_names))
+        block = self.block(parent=None)
 
         def apply(tokens: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
             params, factors = layer

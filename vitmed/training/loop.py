@@ -140,7 +140,7 @@ def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoin
         nothing = [[] for _ in recipe.seeds]
         begun = Progress(0, losses=nothing, failed=[False] * len(nothing), rows=[], train_seconds=0, compile_seconds=0, data_md5=data_md5)
         return Training(*programs.create(recipe, start), begun)
-    state, best = recipe.abstract()
+    state, best = recipe.abstract
     items = checkpoints.restore(latest, state=state, best=best, progress=None)
     progress = Progress(**items["progress"])
     if progress.data_md5 != data_md5:

@@ -48,6 +48,7 @@ class Recipe:
         """The seeds [R] as programs take them: an argument, so that other seeds are no other program."""
         return np.asarray(self.seeds, np.uint32)
 
+    @functools.cached_property
     def abstract(self) -> tuple[step.TrainState, step.Best]:
         """Shapes, dtypes and shardings of (state, best): what a checkpoint is restored into."""
         shapes = jax.eval_shape(self.create, self.seed_array())
@@ -57,7 +58,7 @@ class Recipe:
 
 def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Best]:
     """The state before the first step, made where it will live: from `start`, or from fresh parameters by seed where it is None."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract())
+    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract)
     return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array(), start)
 
 
@@ -75,7 +76,7 @@ def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict
         augmentation=recipe.augmentation,
     )
     make = step.make_chunk(train_step, mapped=recipe.mapped)
-    state, _ = recipe.abstract()
+    state, _ = recipe.abstract
     everywhere = sharding.replicated(recipe.mesh)
     split = sharding.batch(recipe.mesh, axis=2)
 
@@ -99,7 +100,7 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
     The program takes (params [R, ...], batch {images [B, *S, C], labels [B, L]}) and gives (probabilities [R, B, Q], losses [R, B]).
     """
     predict = functools.partial(step.predict_step, apply=recipe.apply, prepare=recipe.prepare, task=recipe.task)
-    _, best = recipe.abstract()
+    _, best = recipe.abstract
     everywhere = sharding.replicated(recipe.mesh)
     split = sharding.batch(recipe.mesh, axis=0)
     places = jax.tree.map(lambda leaf: leaf.sharding, best.params)
@@ -116,7 +117,7 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
 
 def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarray, int], step.Best]:
     """The program (best, state, validation losses [R], epoch) -> best."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract()[1])
+    places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract[1])
     runs = step.over_runs(step.keep_best, mapped=False, shared=(3,))
     jitted = jax.jit(runs, out_shardings=places, donate_argnums=0)
     return lambda best, state, losses, epoch: jitted(best, state, np.asarray(losses, np.float32), np.int32(epoch))
