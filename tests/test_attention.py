@@ -25,6 +25,22 @@ def value_and_gradients(function, arrays):
     return function(*arrays), jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
 
 
+@pytest.mark.parametrize("queries", [50, 1])
+def test_plain_is_the_librarys_attention_forward_and_backward(queries):
+    arrays = qkv(queries=queries)
+    ours, theirs = (value_and_gradients(function, arrays) for function in (attention.plain, jax.nn.dot_product_attention))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-5), ours, theirs)
+
+
+def test_gradients_of_plain_in_bfloat16_are_those_in_float32_as_far_as_it_tells_numbers_apart():
+    arrays = qkv(dtype=jnp.bfloat16)
+    _, exact = value_and_gradients(attention.plain, [part.astype(jnp.float32) for part in arrays])
+    _, rounded = value_and_gradients(attention.plain, arrays)
+    for ours, theirs in zip(rounded, exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.02 * float(jnp.abs(theirs).max()))
+
+
 @pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize(("queries", "block"), [(50, 64), (50, 25), (50, 16), (50, 1), (1, 16)])  # one, even, uneven, rows, a pool's query
 def test_blockwise_is_plain_attention_forward_and_backward(queries, block, one_by_one):
