@@ -254,8 +254,11 @@ def test_parameters_and_multiplications_are_those_of_cost(variant, image_size, p
     shape |= {"kernel_size": kernel_size, "width": sizes.width, "depth": sizes.depth, "mlp_width": sizes.mlp_width}
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == cost.num_params(**shape)
     image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
-    traced = jax.make_jaxpr(lambda params, image: module.apply({"params": params}, image))(shapes, image)
-    assert products(traced.jaxpr) / 1e9 == pytest.approx(cost.gmacs_forward(**shape), rel=1e-12)
+    for pooling, num_pooled_tokens in (("cls", 1), ("mean", None)):
+        pooled = module.clone(pooling=pooling)
+        traced = jax.make_jaxpr(lambda params, image, pooled=pooled: pooled.apply({"params": params}, image))(shapes, image)
+        gmacs = cost.gmacs_forward(**shape, num_pooled_tokens=num_pooled_tokens)
+        assert products(traced.jaxpr) / 1e9 == pytest.approx(gmacs, rel=1e-12)
 
 
 def products(jaxpr):
@@ -329,7 +332,9 @@ def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_rescaled():
     block = layers.Block(2, 8, attention.plain)
     tokens = images_of((4,), channels=6, batch=3)
     params = made_up(lambda: block.init(jax.random.key(0), tokens)["params"])
-    out = np.asarray(block.apply({"params": params}, tokens, jnp.asarray([[0.0, 0.0, 1.0], [0.0, 2.0, 1.0]])))
+    factors = jnp.asarray([[0.0, 0.0, 1.0], [0.0, 2.0, 1.0]])
+    out = np.asarray(block.apply({"params": params}, tokens, factors))
+    np.testing.assert_allclose(block.apply({"params": params}, tokens, factors, 2), out[:, :2], rtol=1e-6)
     np.testing.assert_array_equal(out[0], tokens[0])
     np.testing.assert_allclose(out[2], block.apply({"params": params}, tokens)[2], rtol=1e-6)
     alone = jax.tree.map(jnp.zeros_like, params["attn"]["proj"])  # attention that adds nothing

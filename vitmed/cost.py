@@ -107,19 +107,24 @@ def gmacs_forward(
     num_prefix_tokens: int = 1,
     swiglu: bool = False,
     attention_pool: bool = False,
+    num_pooled_tokens: int | None = None,
 ) -> float:
     """Return 1e9 multiply-accumulates of one image's forward pass: patch embedding, blocks, pool and head; norms and biases are free.
 
     A block costs N (4 D^2 + 2 D M) in its linear layers, with SwiGLU N (4 D^2 + 3 D M), and 2 N^2 D in attention (scores and weighted
-    sum). An attention pool costs keys and values of the patches, one query's attention to them, and one token's MLP.
+    sum). Every block is counted over all tokens, as the costs of ViTs are; with `num_pooled_tokens`, how many first tokens the classifier
+    looks at, the last block counts with what they need of it alone, which is what `vit.ViT` computes. An attention pool costs keys and
+    values of the patches, one query's attention to them, and one token's MLP.
     """
     patches = num_patches(image_size, patch_size, kernel_size)
     tokens = patches + num_prefix_tokens
     embedding = patches * math.prod(kernel_size or patch_size) * in_channels * width
     linear = tokens * (4 * width**2 + (2 + swiglu) * width * mlp_width)
     attention = 2 * tokens**2 * width
+    idle = 0 if num_pooled_tokens is None else tokens - num_pooled_tokens  # tokens that are keys and values alone in the last block
+    left_out = idle * (width**2 + (2 + swiglu) * width * mlp_width + 2 * tokens * width)
     pool = patches * (2 * width**2 + 2 * width) + 2 * width**2 + 2 * width * mlp_width if attention_pool else 0
-    return (embedding + depth * (linear + attention) + pool + width * num_classes) / 1e9
+    return (embedding + depth * (linear + attention) - left_out + pool + width * num_classes) / 1e9
 
 
 class Activations(NamedTuple):
@@ -179,11 +184,13 @@ def training_memory(
     scanned: bool = False,
     bytes_per_activation: int = 4,
     split_bytes: int = 0,
+    waiting_bytes: int = 0,
 ) -> Memory:
     """Return the bytes that all runs take on one device; `mapped` runs follow each other, others are computed at once.
 
     `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them; both count no weights where
-    attention keeps none. `split_bytes` is the training split, where it lives on the device.
+    attention keeps none. `split_bytes` is the training split, where it lives on the device; where a batch goes through the model in parts
+    of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far.
 
     The least: parameters, two Adam moments and the best parameters of every run, and for the runs computed at once either the gradients
     or, where these are more, what the backward pass needs. The likely is fitted to what XLA 0.10 says of the compiled step on a CPU
@@ -202,7 +209,7 @@ def training_memory(
     prediction = eval_batch_size * (14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE)
     return Memory(
         least=state + at_once * max(params, kept),
-        likely=state + int(max(copies + at_once * step, at_once * prediction)),
+        likely=state + int(max(copies + at_once * (step + waiting_bytes), at_once * prediction)),
     )
 
 

@@ -48,19 +48,19 @@ def layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention [B, N, D] -> [B, N, D]; `attention` is the function of q, k, v [B, N, H, d] that does the work."""
+    """Multi-head self-attention [B, N, D] -> [B, M, D]; `attention` is the function of q, k, v that does the work."""
 
     num_heads: int
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Project to queries, keys and values, attend, project back."""
-        B, N, D = tokens.shape
+    def __call__(self, tokens: jax.Array, num_queries: int | None = None) -> jax.Array:
+        """Project to queries, keys and values, attend, project back; M = `num_queries` or N: only so many first tokens are asked for."""
+        B, _, D = tokens.shape
         qkv = nn.Dense(3 * D, dtype=self.dtype, kernel_init=linear_init, name="qkv")(tokens)
-        q, k, v = jnp.moveaxis(qkv.reshape(B, N, 3, self.num_heads, D // self.num_heads), 2, 0)
-        mixed = self.attention(q, k, v).reshape(B, N, D)
+        q, k, v = (part.reshape(B, -1, self.num_heads, D // self.num_heads) for part in jnp.split(qkv, 3, axis=-1))
+        mixed = self.attention(q[:, :num_queries], k, v).reshape(B, -1, D)
         return nn.Dense(D, dtype=self.dtype, kernel_init=linear_init, name="proj")(mixed)
 
 
@@ -114,20 +114,24 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, factors: jax.Array | None = None) -> jax.Array:
-        """[B, N, D] -> [B, N, D]; `factors` [2, B] multiply the branches, as `drop_path_factors` gives them."""
-        branches = (
-            Attention(self.num_heads, self.attention, self.dtype, name="attn"),
-            MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp"),
-        )
-        for number, branch in enumerate(branches, start=1):
-            changed = branch(layer_norm(f"norm{number}", self.dtype)(tokens))
-            if self.layer_scale:
-                changed = LayerScale(self.dtype, name=f"ls{number}")(changed)
-            if factors is not None:
-                changed = changed * factors[number - 1, :, None, None].astype(self.dtype)
-            tokens = tokens + changed
-        return tokens
+    def __call__(self, tokens: jax.Array, factors: jax.Array | None = None, num_queries: int | None = None) -> jax.Array:
+        """[B, N, D] -> [B, M, D]; `factors` [2, B] multiply the branches, as `drop_path_factors` gives them.
+
+        M = `num_queries` are the first tokens that are wanted, None for all N: the others are attended to and not computed further.
+        """
+        changed = Attention(self.num_heads, self.attention, self.dtype, name="attn")(self._norm(1, tokens), num_queries)
+        tokens = tokens[:, :num_queries] + self._branch(1, changed, factors)
+        changed = MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp")(self._norm(2, tokens))
+        return tokens + self._branch(2, changed, factors)
+
+    def _norm(self, number: int, tokens: jax.Array) -> jax.Array:
+        return layer_norm(f"norm{number}", self.dtype)(tokens)
+
+    def _branch(self, number: int, changed: jax.Array, factors: jax.Array | None) -> jax.Array:
+        """What a residual branch adds: scaled, and by example dropped."""
+        if self.layer_scale:
+            changed = LayerScale(self.dtype, name=f"ls{number}")(changed)
+        return changed if factors is None else changed * factors[number - 1, :, None, None].astype(self.dtype)
 
 
 class AttentionPool(nn.Module):

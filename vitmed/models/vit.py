@@ -118,14 +118,30 @@ class ViT(nn.Module):
         if train and self.drop_path:
             rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
             factors = layers.drop_path_factors(self.make_rng("drop_path"), rates, len(images))
-        if (self.scanned or self.remat != "none") and not self.is_initializing():
-            tokens = self._scan(tokens, factors)
-        else:
-            for index, name in enumerate(self.block_names):
-                tokens = self.block(name=name)(tokens, None if factors is None else factors[index])
+        tokens = self._encode(tokens, factors)
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
         return self._classify(tokens)
+
+    @property
+    def num_pooled_tokens(self) -> int | None:
+        """How many first tokens the classifier looks at, None for all of them."""
+        return {"cls": 1, "distilled": 2}.get(self.pooling)
+
+    def _encode(self, tokens: jax.Array, factors: jax.Array | None) -> jax.Array:
+        """[B, prefix + N, D] -> the same through all blocks, or no more than the tokens that the classifier looks at.
+
+        Of the last block the other tokens are needed as keys and values alone: its MLP, three quarters of a block, is left out for them.
+        """
+        names, num_queries = self.block_names, self.num_pooled_tokens
+        looped = 0
+        if (self.scanned or self.remat != "none") and not self.is_initializing():
+            looped = len(names) - (num_queries is not None)
+            tokens = self._scan(names[:looped], tokens, None if factors is None else factors[:looped])
+        for index, name in list(enumerate(names))[looped:]:
+            wanted = num_queries if index == len(names) - 1 else None
+            tokens = self.block(name=name)(tokens, None if factors is None else factors[index], wanted)
+        return tokens
 
     @property
     def block_names(self) -> list[str]:
@@ -139,12 +155,14 @@ class ViT(nn.Module):
         sizes = (self.num_heads, self.mlp_width, attention)
         return layers.Block(*sizes, swiglu=self.swiglu, layer_scale=self.layer_scale, dtype=self.dtype, **where)
 
-    def _scan(self, tokens: jax.Array, factors: jax.Array | None) -> jax.Array:
-        """[B, 1 + N, D] -> [B, 1 + N, D] through all blocks, their parameters stacked and each used in turn by one loop.
+    def _scan(self, names: list[str], tokens: jax.Array, factors: jax.Array | None) -> jax.Array:
+        """[B, 1 + N, D] -> [B, 1 + N, D] through the blocks of these names, their parameters stacked and each used in turn by one loop.
 
         On a CPU XLA undoes `jax.checkpoint` wherever it is not in a loop: it finds the second computation equal to the first.
         """
-        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(self.get_variable("params", name) for name in self.block_names))
+        if not names:
+            return tokens
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *(self.get_variable("params", name) for name in names))
         block = self.block(parent=None)
 
         def apply(tokens: jax.Array, layer: tuple[Any, jax.Array | None]) -> tuple[jax.Array, None]:
