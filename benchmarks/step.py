@@ -45,6 +45,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto", choices=attention.FORMS)
     parser.add_argument("--scanned", action="store_true", help="one block compiled and looped over, instead of all in a row")
     parser.add_argument("--remat", default="none", choices=vit.REMATS)
+    parser.add_argument("--micro", type=int, default=0, help="images of a step at a time; 0: as training does it")
     parser.add_argument("--dtype", default="float32", choices=sorted(build.DTYPES))
     return parser.parse_args(argv)
 
@@ -75,6 +76,7 @@ def recipe(args: argparse.Namespace, patch: int) -> programs.Recipe:
         seeds=tuple(range(args.seeds)),
         mesh=sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]),
         mapped=platform == "cpu",
+        micro_batch_size=args.micro or programs.micro_batch_size(platform, batch_size=args.batch, num_tokens=num_tokens),
     )
 
 
@@ -113,6 +115,7 @@ def measure(args: argparse.Namespace, patch: int) -> dict[str, Any]:
         depth=architecture.depth,
         mlp_width=architecture.mlp_width,
         num_classes=2,
+        num_pooled_tokens=1,
     )
     return {
         "ms": round(milliseconds, 2),

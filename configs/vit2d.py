@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 100
     config.train.batch_size = 8  # images per step of one seed
+    config.train.micro_batch_size = 0  # of these at a time, gradients summed; 0: what suits a CPU's caches, on an accelerator all
     config.train.learning_rate = 1e-4
     config.train.lr_step_epochs = 30  # the learning rate is multiplied by lr_gamma after each so many epochs
     config.train.lr_gamma = 0.5

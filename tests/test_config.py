@@ -146,6 +146,8 @@ def test_configs_of_the_package_are_found_from_any_folder(tmp_path, monkeypatch)
         ("", {"seeds": "-1"}, ["seeds=-1"]),
         ("", {"train.epochs": "0"}, ["train.epochs=0", "from 1"]),
         ("", {"train.batch_size": "-4"}, ["train.batch_size=-4"]),
+        ("", {"train.micro_batch_size": "3"}, ["train.micro_batch_size=3", "0, or a divisor of train.batch_size=8"]),
+        ("", {"train.micro_batch_size": "-1"}, ["train.micro_batch_size=-1"]),
         ("", {"train.learning_rate": "nan"}, ["train.learning_rate=nan", "finite"]),
         ("", {"train.learning_rate": "1e16"}, ["train.learning_rate=1e+16", "1e+15"]),
         ("", {"train.epsilon": "0.0"}, ["train.epsilon=0", "1e-20"]),

@@ -78,20 +78,34 @@ def test_as_little_is_computed_again_as_fits():
     assert small < 40 * 10**9 < large
 
 
+def test_as_many_images_at_a_time_as_suit_the_device():
+    def at_a_time(device, count=1, **overrides):
+        return budget.micro_batch_size(planned(**overrides), device._replace(count=count))
+
+    assert [at_a_time(CPU, argument=f"patch={patch}") for patch in (28, 4, 2, 1)] == [8, 8, 4, 1]  # 2, 50, 197 and 785 tokens
+    assert at_a_time(CPU, argument="patch=2", train__batch_size="6") == 3
+    assert at_a_time(CPU, argument="patch=1", count=4) == 4  # one on each
+    assert at_a_time(GPU, argument="patch=1") == 8
+    assert at_a_time(GPU, argument="patch=1", train__micro_batch_size="2") == 2
+    few, all_of_them = (budget.memory(planned("patch=2", train__micro_batch_size=size, eval__batch_size="1"), CPU) for size in "28")
+    assert few.least < all_of_them.least
+
+
 def test_the_model_is_built_with_what_the_budget_says(monkeypatch):
     monkeypatch.setattr(machine, "device", lambda: CPU._replace(memory_bytes=1))
     recipe = experiment.recipe(planned("dataset=phantom2d,patch=14,variant=vit_micro"), steps_per_epoch=1)
     assert recipe.apply.__self__.remat == "blocks"
+    assert experiment.recipe(planned("patch=2,pretrained="), steps_per_epoch=1).micro_batch_size == 4
 
 
 def test_what_cannot_fit_is_refused_with_its_numbers_and_the_remedy():
     volume = planned("patch=1", file="vit3d", model__attention="plain", train__remat="none")
     with pytest.raises(config.InputError) as raised:
         forecast.require_fit(volume, CPU)
-    words = ["fracturemnist3d patch 1: ", "581.8 GB", "cpu (made up) has 16.0 GB", "not even train.batch_size=1 fits", "larger patch"]
+    words = ["fracturemnist3d patch 1: ", "73.2 GB", "cpu (made up) has 16.0 GB", "not even train.micro_batch_size=1 fits", "larger patch"]
     assert all(word in str(raised.value) for word in words), raised.value
-    image = planned("patch=1", train__batch_size="512", train__remat="none")
-    with pytest.raises(config.InputError, match=r"lower train.batch_size \(it is 512\)"):
+    image = planned("patch=1", train__batch_size="512", train__micro_batch_size="512", train__remat="none")
+    with pytest.raises(config.InputError, match=r"lower train.micro_batch_size \(it is 512\)"):
         forecast.require_fit(image, CPU)
     forecast.require_fit(volume, CPU._replace(memory_bytes=None))  # a device that does not tell
 

@@ -103,10 +103,10 @@ def test_losses_of_a_blank_and_of_a_far_too_sure_network(task):
 @pytest.mark.parametrize("filler", [7.0, np.inf, -np.inf, np.nan])
 def test_masked_mean_counts_no_filler_in_value_or_gradient(filler):
     values, mask = jnp.array([1.0, 2.0, 6.0, filler, filler]), jnp.array([True, True, True, False, False])
-    mean, gradient = jax.value_and_grad(tasks.masked_mean)(values, mask)
+    mean, gradient = jax.value_and_grad(tasks.masked_mean)(values, mask, mask.sum())
     assert float(mean) == 3
     np.testing.assert_allclose(gradient, [1 / 3, 1 / 3, 1 / 3, 0, 0], rtol=1e-6)
 
 
 def test_masked_mean_of_nothing_is_zero():
-    assert float(tasks.masked_mean(jnp.array([np.inf, 1.0]), jnp.array([False, False]))) == 0
+    assert float(tasks.masked_mean(jnp.array([np.inf, 1.0]), jnp.array([False, False]), jnp.int32(0))) == 0

@@ -7,7 +7,7 @@ import math
 
 from vitmed import cost, planning
 from vitmed.runs import machine
-from vitmed.training import loop, sharding
+from vitmed.training import loop, programs, sharding
 
 # On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
 # while it is written.
@@ -15,10 +15,24 @@ PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
 COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters
 
 
-def remat(planned: planning.Experiment, device: machine.Device, *, batch_size: int | None = None) -> str:
+def parts(planned: planning.Experiment, device: machine.Device) -> int:
+    """Over how many devices a batch is split."""
+    config, fsdp = planned.config, max(1, planned.config.mesh.fsdp)
+    batch_sizes = (config.train.batch_size, config.eval.batch_size)
+    return fsdp * sharding.data_parts(device.count, data=config.mesh.data, fsdp=fsdp, batch_sizes=batch_sizes)
+
+
+def micro_batch_size(planned: planning.Experiment, device: machine.Device) -> int:
+    """Images of a step that go through the model at a time: the config's, or with 0 what suits the device."""
+    train = planned.config.train
+    sizes = {"batch_size": train.batch_size, "num_tokens": planned.num_tokens, "parts": parts(planned, device)}
+    return train.micro_batch_size or programs.micro_batch_size(device.platform, **sizes)
+
+
+def remat(planned: planning.Experiment, device: machine.Device, *, images: int | None = None) -> str:
     """One of `vit.REMATS`: the config's, or with `auto` what recomputes least among those that are likely to fit the device.
 
-    Where none is, blocks; where the device does not tell its memory, none. `batch_size` stands for the config's where given.
+    Where none is, blocks; where the device does not tell its memory, none. `images` stands for the size of a micro-batch where given.
     """
     asked = planned.config.train.remat
     if asked != "auto":
@@ -27,41 +41,42 @@ def remat(planned: planning.Experiment, device: machine.Device, *, batch_size: i
     options = ("none", "attention", "blocks") if keeps else ("none", "blocks")
     if device.memory_bytes is None:
         return options[0]
-    fitting = (option for option in options if _memory(planned, device, option, batch_size).likely <= device.memory_bytes)
+    fitting = (option for option in options if _memory(planned, device, option, images).likely <= device.memory_bytes)
     return next(fitting, options[-1])
 
 
-def memory(planned: planning.Experiment, device: machine.Device, *, batch_size: int | None = None) -> cost.Memory:
-    """The bytes that a run takes of each device; on a CPU those of the process. `batch_size` stands for the config's where given.
+def memory(planned: planning.Experiment, device: machine.Device, *, images: int | None = None) -> cost.Memory:
+    """The bytes that a run takes of each device; on a CPU those of the process. `images` stands for the size of a micro-batch where given.
 
     The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
     of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
     """
-    return _memory(planned, device, remat(planned, device, batch_size=batch_size), batch_size)
+    return _memory(planned, device, remat(planned, device, images=images), images)
 
 
-def _memory(planned: planning.Experiment, device: machine.Device, remat: str, batch_size: int | None) -> cost.Memory:
+def _memory(planned: planning.Experiment, device: machine.Device, remat: str, images: int | None) -> cost.Memory:
     config, architecture, shape = planned.config, planned.network.architecture, planned.shape
     sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
     activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
-    batch_sizes = (config.train.batch_size, config.eval.batch_size)
-    fsdp = max(1, config.mesh.fsdp)
-    parts = fsdp * sharding.data_parts(device.count, data=config.mesh.data, fsdp=fsdp, batch_sizes=batch_sizes)
-    params = math.ceil(cost.num_params(**shape) / fsdp)
+    split = parts(planned, device)
+    params = math.ceil(cost.num_params(**shape) / max(1, config.mesh.fsdp))
+    images = images or micro_batch_size(planned, device)
+    whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
     least, likely = cost.training_memory(
         num_params=params,
         activations=activations if keeps else activations._replace(attention_weights=0),
         block_attention_weights=architecture.num_heads * planned.num_tokens**2 if keeps else 0,
         num_tokens=planned.num_tokens,
         width=architecture.width,
-        batch_size=max(1, (batch_size or config.train.batch_size) // parts),
-        eval_batch_size=max(1, config.eval.batch_size // parts),
+        batch_size=max(1, images // split),
+        eval_batch_size=max(1, config.eval.batch_size // split),
         num_runs=len(planned.seeds),
         mapped=device.platform == "cpu",
         scanned=remat != "none",
         bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
         split_bytes=_resident_bytes(planned, device),
+        waiting_bytes=(params + whole) * cost.BYTES_OF_A_PARAMETER if images < config.train.batch_size else 0,
     )
     if device.platform == "cpu":
         state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)

@@ -46,6 +46,9 @@ def training(config: ml_collections.ConfigDict) -> None:
     whole = {name: train[name] for name in ("epochs", "batch_size", "lr_step_epochs")}
     for name, value in ({f"train.{name}": value for name, value in whole.items()} | {"eval.batch_size": config.eval.batch_size}).items():
         config_lib.require(1 <= value <= MOST, name, value, f"from 1 to {MOST}")
+    divides = train.micro_batch_size >= 0 and (train.micro_batch_size == 0 or train.batch_size % train.micro_batch_size == 0)
+    allowed = f"0, or a divisor of train.batch_size={train.batch_size}"
+    config_lib.require(divides, "train.micro_batch_size", train.micro_batch_size, allowed)
     for name in ("lr_gamma", "checkpoint_seconds"):
         config_lib.finite(f"train.{name}", train[name], least=0.0)
     # Within these AdamW's update of a parameter that a step can use (one whose square is a number in float32) is itself

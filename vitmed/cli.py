@@ -61,7 +61,7 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except config.MachineError as error:
         return _complain(error, 1)
     except MemoryError as error:
-        return _complain(f"out of memory ({error}); lower train.batch_size or eval.batch_size, or take a larger patch", 1)
+        return _complain(f"out of memory ({error}); lower train.micro_batch_size or eval.batch_size, or take a larger patch", 1)
     except OSError as error:  # a full disk, a folder removed under the run, a lost network drive
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}; mend that and run the same command again", 1)

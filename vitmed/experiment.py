@@ -45,7 +45,8 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
 def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     """What the device programs are made of."""
     config, description, network = experiment.config, experiment.description, experiment.network
-    platform = experiment.mesh.devices.flat[0].platform
+    device = machine.device()
+    platform = device.platform
     model = build.model(
         network.architecture,
         patch_size=experiment.patch_size,
@@ -54,7 +55,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
         attention=attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens),
-        remat=budget.remat(experiment, machine.device()),
+        remat=budget.remat(experiment, device),
     )
     train = config.train
     return programs.Recipe(
@@ -76,6 +77,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         mesh=experiment.mesh,
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=platform == "cpu",
+        micro_batch_size=budget.micro_batch_size(experiment, device),
     )
 
 

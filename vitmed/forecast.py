@@ -36,10 +36,10 @@ def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None
 
 def advice(planned: experiment.Experiment, device: machine.Device) -> str:
     """What makes a run that does not fit smaller."""
-    batch_size, larger = planned.config.train.batch_size, "a larger patch or a smaller model.variant"
-    if budget.memory(planned, device, batch_size=1).least > device.memory_bytes:
-        return f"take {larger}: not even train.batch_size=1 fits"
-    return f"lower train.batch_size (it is {batch_size}), or take {larger}"
+    larger = "a larger patch or a smaller model.variant"
+    if budget.memory(planned, device, images=1).least > device.memory_bytes:
+        return f"take {larger}: not even train.micro_batch_size=1 fits"
+    return f"lower train.micro_batch_size (it is {budget.micro_batch_size(planned, device)}), or take {larger}"
 
 
 def require_fit(planned: experiment.Experiment, device: machine.Device) -> None:
@@ -54,7 +54,7 @@ def warn(planned: experiment.Experiment, device: machine.Device, name: str) -> N
     likely = budget.memory(planned, device).likely
     if device.memory_bytes is not None and likely > device.memory_bytes:
         numbers = f"it is likely to take {gigabytes(likely)} of memory, and {device.name} has {gigabytes(device.memory_bytes)}"
-        mend = "lower train.batch_size or eval.batch_size, or take a larger patch"
+        mend = "lower train.micro_batch_size or eval.batch_size, or take a larger patch"
         print(f"vitmed: {name} may not fit: {numbers}; should it fail, {mend}", file=sys.stderr)
 
 

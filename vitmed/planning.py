@@ -37,6 +37,7 @@ class Experiment:
         data = sharding.data_parts(jax.device_count(), data=config.mesh.data, fsdp=config.mesh.fsdp, batch_sizes=batch_sizes)
         mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
         sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
+        sharding.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
         sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         return mesh
 

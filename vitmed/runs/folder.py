@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "mesh",
     "tracking",
     "train.checkpoint_seconds",
+    "train.micro_batch_size",
     "train.remat",
 )  # where and how, not what: a name stands for all below it
 SHOWN_DIFFERENCES = 5

@@ -110,7 +110,9 @@ def memory_errors() -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         cause = str(error).splitlines()[0][:200]
-        raise config.MachineError(f"{cause}; lower train.batch_size or the number of seeds, or take a larger patch") from error
+        raise config.MachineError(
+            f"{cause}; lower train.micro_batch_size, eval.batch_size or the number of seeds, or take a larger patch"
+        ) from error
 
 
 def _instruction_set() -> str:

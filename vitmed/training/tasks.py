@@ -37,7 +37,10 @@ TASKS = {
 }
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of `values` [B] where `mask` [B] is true; what fills up a batch counts nowhere."""
+def masked_mean(values: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
+    """The sum of `values` [B] where `mask` [B] is true, over `count`: what fills up a batch counts nowhere.
+
+    `count` is how many are true, or of a part of a batch how many are true in all of it.
+    """
     # where, not a product: an infinite loss of a filler must not become NaN.
-    return jnp.where(mask, values, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+    return jnp.where(mask, values, 0.0).sum() / jnp.maximum(count, 1)
