@@ -144,24 +144,27 @@ def refused(capsys, root, *argv) -> str:
     return lines[0]
 
 
+WHOLE = ["--config.train.remat=none", "--config.train.micro_batch_size=8"]  # the whole batch at once, and all of it kept
+
+
 def test_what_cannot_fit_is_refused_before_anything_is_written(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("VITMED_WEIGHTS", "/no/such/folder")  # the refusal comes before weights are looked for
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = [f"--config={ROOT}/configs/vit3d.py", "--config.train.remat=none", "--sweep"]
-    line = refused(capsys, tmp_path / "root", *arguments, "--points=dataset=organmnist3d|vesselmnist3d")
+    arguments = [f"--config={ROOT}/configs/vit3d.py", *WHOLE]
+    line = refused(capsys, tmp_path / "root", *arguments, "--sweep", "--points=dataset=organmnist3d|vesselmnist3d")
     words = ["organmnist3d-patch1: at least 26.6 GB", "vesselmnist3d-patch1: at least 26.7 GB", "cpu (made up) has 16.0 GB"]
     words += ["--points='dataset=organmnist3d|vesselmnist3d,patch=28|14|7|4|2' leaves out what cannot fit"]
     assert all(word in line for word in words), line
-    assert call(f"--config={ROOT}/configs/vit3d.py", "--config.train.remat=none", "--list") == 0
+    assert call(*arguments, "--list") == 0
     assert capsys.readouterr().out.count("cannot fit") == 6
-    assert call(f"--config={ROOT}/configs/vit3d.py", "--list") == 0  # whole blocks are computed again
+    assert call(f"--config={ROOT}/configs/vit3d.py", "--list") == 0  # an image at a time
     assert "cannot fit" not in capsys.readouterr().out
 
 
 def test_a_single_run_that_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "device", lambda: CPU)
     config = f"--config={ROOT}/configs/vit3d.py:dataset=phantom3d,patch=1,pretrained="
-    line = refused(capsys, tmp_path / "run", config, "--config.train.remat=none")
+    line = refused(capsys, tmp_path / "run", config, *WHOLE)
     assert "phantom3d patch 1: at least 26.6 GB of memory are needed" in line
 
 
