@@ -82,9 +82,10 @@ def test_as_many_images_at_a_time_as_suit_the_device():
     def at_a_time(device, count=1, **overrides):
         return budget.micro_batch_size(planned(**overrides), device._replace(count=count))
 
-    assert [at_a_time(CPU, argument=f"patch={patch}") for patch in (28, 4, 2, 1)] == [8, 8, 4, 1]  # 2, 50, 197 and 785 tokens
+    assert [at_a_time(CPU, argument=f"patch={patch}") for patch in (28, 4, 2, 1)] == [8, 8, 4, 2]  # 2, 50, 197 and 785 tokens
     assert at_a_time(CPU, argument="patch=2", train__batch_size="6") == 3
-    assert at_a_time(CPU, argument="patch=1", count=4) == 4  # one on each
+    assert at_a_time(CPU, argument="patch=1", count=8) == 8  # one on each
+    assert at_a_time(CPU, argument="patch=1", file="vit3d") == 1
     assert at_a_time(GPU, argument="patch=1") == 8
     assert at_a_time(GPU, argument="patch=1", train__micro_batch_size="2") == 2
     few, all_of_them = (budget.memory(planned("patch=2", train__micro_batch_size=size, eval__batch_size="1"), CPU) for size in "28")

@@ -28,8 +28,10 @@ def micro_batch_size(platform: str, *, batch_size: int, num_tokens: int, parts: 
     """
     if platform != "cpu":
         return batch_size
-    fitting = [size for size in range(parts, batch_size + 1, parts) if batch_size % size == 0 and size // parts * num_tokens <= CPU_TOKENS]
-    return max(fitting, default=parts)
+    # Two images where at least one fits: at 785 tokens one at a time took 7 % longer, with twice as many sums of gradients.
+    most = max(CPU_TOKENS // num_tokens, 2 if num_tokens <= CPU_TOKENS else 1)
+    sizes = (size for size in range(parts, batch_size + 1, parts) if batch_size % size == 0 and size // parts <= most)
+    return max(sizes, default=parts)
 
 
 @dataclasses.dataclass(frozen=True)
