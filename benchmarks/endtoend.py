@@ -5,10 +5,10 @@
 The peer is a command that takes --patch, --epochs and --batch. Either side runs the recipe twice, for one epoch and for --epochs: the
 difference is what an epoch takes once everything has started, and the longer run is the whole command from its start to its end. The last
 column holds vitmed's epochs against the bare training step (benchmarks.step), which neither augments nor validates nor saves.
+The longer run must last well beyond the start, or the difference is noise.
 """
 
 import argparse
-import os
 import shlex
 import statistics
 import subprocess
@@ -45,18 +45,27 @@ def seconds(command: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
-def vitmed_command(args: argparse.Namespace, patch: str) -> Callable[[int], list[str]]:
-    """Epochs -> vitmed's command, into a new folder each time."""
+def vitmed_command(args: argparse.Namespace, patch: str, scratch: str) -> Callable[[int], list[str]]:
+    """Epochs -> vitmed's command, into a new folder below `scratch` each time."""
     spec = f"--config={args.config}:dataset={args.dataset},patch={patch}"
 
     def command(epochs: int) -> list[str]:
-        workdir = f"--workdir={tempfile.mkdtemp(dir=scratch.name)}/run"
+        workdir = f"--workdir={tempfile.mkdtemp(dir=scratch)}/run"
         fields = [f"--config.train.epochs={epochs}", f"--config.train.batch_size={args.batch}", "--config.seeds=0"]
         return [sys.executable, "-m", "vitmed.main", spec, workdir, *fields]
 
-    scratch = tempfile.TemporaryDirectory()
-    command.scratch = scratch  # lives as long as the command
     return command
+
+
+def measure(sides: dict[str, Callable[[int], list[str]]], *, most: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """(seconds of the longer run, of it beyond one epoch) of each round, the sides in turn."""
+    seconds(sides["vitmed"](1))  # compiled programs are in the cache from now on, as in use
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+            short, whole = seconds(sides[name](1)), seconds(sides[name](most))
+            found[name].append((whole, whole - short))
+    return found
 
 
 def peer_command(args: argparse.Namespace, patch: str) -> Callable[[int], list[str]]:
@@ -76,17 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| patch | epochs | vitmed images/s | peer images/s | ratio | vitmed command s | peer command s | ratio | of the bare step |")
     print("|---|---|---|---|---|---|---|---|---|")
     for patch, most in zip(patches, epochs, strict=True):
-        sides = {"vitmed": vitmed_command(args, patch), "peer": peer_command(args, patch)}
-        long: dict[str, list[float]] = {name: [] for name in sides}
-        rate: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(args.rounds):
-            for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-                seconds(sides[name](1)) if number == 0 and name == "vitmed" else None  # compiled programs are then in the cache, as in use
-                short, whole = seconds(sides[name](1)), seconds(sides[name](most))
-                long[name].append(whole)
-                rate[name].append(num_images * (most - 1) / (whole - short))
+        with tempfile.TemporaryDirectory() as scratch:
+            sides = {"vitmed": vitmed_command(args, patch, scratch), "peer": peer_command(args, patch)}
+            found = measure(sides, most=most, rounds=args.rounds)
+        command, other = (statistics.median(whole for whole, _ in found[name]) for name in sides)
+        images = num_images * (most - 1)
+        ours, theirs = (images / statistics.median(beyond for _, beyond in found[name]) for name in sides)
         bare = 1e3 * args.batch / compare.measured(step, patch)["ms"]
-        (ours, theirs), (command, other) = ([statistics.median(found[name]) for name in sides] for found in (rate, long))
         figures = (
             f"{ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} | {command:.0f} | {other:.0f} | {other / command:.2f} | {ours / bare:.0%}"
         )
@@ -94,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     try:
         main()
     except config_lib.InputError as error:
