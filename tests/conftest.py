@@ -7,6 +7,7 @@ import sys
 import types
 
 import jax
+import killing
 import pytest
 
 from vitmed import config as config_lib
@@ -65,6 +66,18 @@ def small_config():
         return config_lib.load(f"{ROOT}/configs/quickstart.py:{argument}", SMALL | {k.replace("__", "."): v for k, v in overrides.items()})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runs2d(tmp_path_factory):
+    """An undisturbed run of 2D phantoms, and what it takes to disturb others like it."""
+    return killing.Runs(2, tmp_path_factory.mktemp("runs2d"))
+
+
+@pytest.fixture(scope="session")
+def runs3d(tmp_path_factory):
+    """The same of 3D phantoms."""
+    return killing.Runs(3, tmp_path_factory.mktemp("runs3d"))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -148,20 +147,6 @@ def test_a_lock_file_of_another_hand_still_locks(tmp_path, content):
         (tmp_path / guard.LOCK_NAME).write_text(content)
         with pytest.raises(config.MachineError, match="in use by another process"), guard.lock(tmp_path):
             pass
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_without_locks_the_run_goes_on_with_a_warning(tmp_path, monkeypatch, capsys, code):
-    def unsupported(*args):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    ran = False
-    with guard.lock(tmp_path):
-        ran = True
-    assert ran
-    warning = capsys.readouterr().err
-    assert re.fullmatch(rf"vitmed: {re.escape(str(tmp_path))} cannot be locked .*\n", warning)
 
 
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):

@@ -136,6 +136,7 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         run_folder.check(config.to_dict())  # again, now that nobody else can write there
         if (finished := run_folder.read_result()) is not None:
             return finished
+        run_folder.tidy()
         if not checkpoint.begun(run_folder.checkpoints):
             run_folder.write_model(experiment.network.record(report))
         outcome = loop.train(

@@ -6,15 +6,17 @@ A step holds three items: `state` (what training changes), `best` (the best para
 metrics of the same moment).
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -24,6 +26,8 @@ from vitmed import config
 from vitmed.runs import files
 
 SEAL = "sha256.json"
+ASIDE = "broken-"  # begins the names of steps that were moved aside
+CAUSE = re.compile(r"(?<=: )[^:]+(?= \[os_error_code)")  # at the end of what TensorStore says, after several paths
 KEPT = 2  # the newest, and the one before it in case the newest breaks
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every step of every save, and its errors before it raises them
@@ -36,49 +40,65 @@ class Checkpoints:
         self._path = pathlib.Path(path).resolve()
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
-        self._unsealed: int | None = None
+        self._sealing = concurrent.futures.ThreadPoolExecutor(1, "seal")
+        self._pending: concurrent.futures.Future | None = None
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
         keep = preservation_policy.LatestN(KEPT)
-        options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=not self._read_only, read_only=self._read_only)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._report
+        # Made asynchronously, a folder that cannot be made leaves threads that wait for it for 20 minutes, and the process with them.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep, create=not self._read_only, read_only=self._read_only, async_options=at_once
+        )
         self._manager = ocp.CheckpointManager(self._path, item_names=("state", "best", "progress"), options=options)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
-            if not self._read_only and error is None:
+            if error is None:
                 self.finish()
         finally:
+            self._sealing.shutdown()
             with contextlib.suppress(
                 OSError, ValueError, RuntimeError
             ):  # what went wrong in the background was told above, or is being told
                 self._manager.close()
+        if error is None:
+            sys.unraisablehook = self._hook
+
+    def _report(self, unraisable: Any) -> None:
+        """Where one write of a save fails, TensorStore tells of the others to an event loop that Orbax has closed; no user needs those."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
 
     def save(self, step: int, *, state: Any, best: Any, progress: dict[str, Any]) -> None:
-        """Begin to write a step; device arrays are copied before this returns, the files are written in the background.
+        """Begin to write a step; device arrays are copied before this returns, the files are written and sealed in the background.
 
-        A broken step of that number, which the run has made again, is set aside, never overwritten. MachineError where writing fails.
+        MachineError where writing fails, this step or the one before.
         """
         self.finish()
-        if self._step(step).exists():
-            os.replace(self._step(step), self._path / f"broken-{step}-{time.time_ns()}")
-            self._manager.reload()
         items = {"state": ocp.args.StandardSave(state), "best": ocp.args.StandardSave(best), "progress": ocp.args.JsonSave(progress)}
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self._unsealed = step
+        self._pending = self._sealing.submit(self._commit, step)
 
-    def finish(self) -> None:
-        """Wait for a save that is under way and seal it; MachineError where it failed."""
+    def _commit(self, step: int) -> None:
+        """Seal what this process has written, as soon as it is there: anything else would vouch for bytes unseen."""
         with self._writing():
             self._manager.wait_until_finished()
-        if self._unsealed is not None:  # only what this process wrote: sealing anything else would vouch for bytes unseen
-            seal(self._step(self._unsealed))
-            self._unsealed = None
+            seal(self._step(step))
+
+    def finish(self) -> None:
+        """Wait for a save that is under way; MachineError where it failed."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
 
     def poll(self) -> None:
-        """Seal a save that has ended meanwhile; does not wait."""
-        if not self._manager.is_saving_in_progress():
+        """MachineError where a save has failed meanwhile; does not wait."""
+        if self._pending is not None and self._pending.done():
             self.finish()
 
     @contextlib.contextmanager
@@ -87,31 +107,41 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            self._unsealed = None
-            cause = str(error).strip().splitlines()
+            said = CAUSE.search(str(error)) or re.match("[^\n]{,200}", str(error).strip())
             raise config.MachineError(
-                f"{self._path}: the checkpoint could not be written ({cause[0][:200] if cause else type(error).__name__}); "
-                "make room there and run the same command again"
+                f"{self._path}: the checkpoint could not be written ({said.group() or type(error).__name__}); "
+                "make room or mend that, and run the same command again"
             ) from error
 
     def latest(self) -> int | None:
-        """The newest intact step, or None where none was ever sealed; what is broken is named on stderr and left alone.
+        """The newest intact step, or None where none was ever sealed; what is broken is named on stderr.
 
-        InputError where there are checkpoints but not one of them is intact.
+        Broken steps are moved aside, out of the way of those to come, and never deleted; where there is no intact one, nothing is touched
+        and InputError says what there is.
         """
         troubles = {}
         for step in sorted((int(entry.name) for entry in self._path.glob("[0-9]*") if entry.name.isdigit()), reverse=True):
             trouble = defect(self._step(step))
             if trouble is None:
                 if troubles:
-                    broken = "; ".join(f"step {bad}: {why}" for bad, why in troubles.items())
-                    print(f"vitmed: {self._path}: {broken}; going on from step {step}, the newest intact one", file=sys.stderr)
+                    found = f"{self._path}: {_listed(troubles)}; going on from step {step}, the newest intact one"
+                    print(f"vitmed: {found}{self._set_aside(troubles)}", file=sys.stderr)
                 return step
             troubles[step] = trouble
         if any(why != _UNSEALED for why in troubles.values()):
-            broken = "; ".join(f"step {step}: {why}" for step, why in troubles.items())
-            raise config.InputError(f"{self._path}: no intact checkpoint ({broken}); move the folder away to start over")
+            raise config.InputError(f"{self._path}: no intact checkpoint ({_listed(troubles)}); move the folder away to start over")
+        if troubles:
+            print(f"vitmed: {self._path}: {_listed(troubles)}; starting over{self._set_aside(troubles)}", file=sys.stderr)
         return None
+
+    def _set_aside(self, steps: Iterable[int]) -> str:
+        """Rename steps so that they are neither counted nor deleted as checkpoints, and say so; a reader leaves them."""
+        if self._read_only or not steps:
+            return ""
+        for step in steps:
+            os.replace(self._step(step), self._path / f"{ASIDE}{step}-{time.time_ns()}")
+        self._manager.reload()
+        return f"; what is broken is kept as {ASIDE}*"
 
     def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
         """Items of a step by name: abstract arrays with shardings for `state` and `best`, anything for `progress`."""
@@ -123,6 +153,10 @@ class Checkpoints:
 
 
 _UNSEALED = "not sealed (the run ended while it was written)"
+
+
+def _listed(troubles: Mapping[int, str]) -> str:
+    return "; ".join(f"step {step}: {why}" for step, why in troubles.items())
 
 
 def begun(path: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +14,19 @@ import numpy as np
 
 from vitmed import config as config_lib
 
+LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Put data at path so that a reader, a crash or a power cut meets the old file or the new one; MachineError if it cannot."""
+
+def write_whole(path: str | os.PathLike, data: bytes, *, make_parent: bool = False) -> None:
+    """Put data at path so that a reader, a crash or a power cut meets the old file or the new one; MachineError if it cannot.
+
+    `make_parent` makes the folder that holds it, but not what that is in.
+    """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # LEFTOVER knows the form
     try:
+        if make_parent:
+            path.parent.mkdir(exist_ok=True)
         try:
             with open(temporary, "xb") as file:
                 file.write(data)
@@ -30,7 +38,16 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
             raise
         _sync_folder(path.parent)
     except OSError as error:
-        raise config_lib.MachineError(f"{path} could not be written: {error.strerror or error}") from error
+        raise config_lib.MachineError(
+            f"{path} could not be written: {error.strerror or error}; mend that and run the same command again"
+        ) from error
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Delete from a folder what `write_whole` had begun when its process was killed; nobody else may be writing there."""
+    for file in folder.glob(".*.tmp"):
+        if LEFTOVER.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _sync_folder(path: pathlib.Path) -> None:

@@ -104,6 +104,10 @@ class RunFolder:
         """Return where the predictions of a split lie."""
         return self.path / "predictions" / f"{split}.npz"
 
+    def weights(self, seed: int) -> pathlib.Path:
+        """Return where the best parameters of a seed lie."""
+        return self.path / "weights" / f"seed{seed}.safetensors"
+
     def check(self, config: Mapping[str, Any]) -> None:
         """Raise InputError, writing nothing, if the folder cannot be made or written, or holds a run with another config."""
         refused = f"{self.path} cannot be a run's folder"
@@ -117,6 +121,11 @@ class RunFolder:
         for path in (self.checkpoints, self.result):
             if path.exists():
                 raise config_lib.InputError(f"{refused}: {path} is of a run, but there is no config.json; choose another, or bring it back")
+
+    def tidy(self) -> None:
+        """Remove what killed processes left of files that they were writing; for who holds the folder's lock."""
+        for path in (self.path, self.predictions("").parent, self.weights(0).parent):
+            files.remove_leftovers(path)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (self.read_config(), config))
@@ -156,9 +165,7 @@ class RunFolder:
 
     def write_weights(self, seed: int, data: bytes) -> None:
         """Write the file of one seed's parameters."""
-        path = self.path / "weights" / f"seed{seed}.safetensors"
-        files.make_folder(path.parent)
-        files.write_whole(path, data)
+        files.write_whole(self.weights(seed), data, make_parent=True)
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a line per epoch, the whole file anew, so that a line is never half there; NaN and infinity become null."""
@@ -181,9 +188,7 @@ class RunFolder:
         buffer = io.BytesIO()
         dtypes = {"labels": np.int64, "probabilities": np.float32, "seeds": np.int64}
         np.savez(buffer, **{name: np.ascontiguousarray(getattr(predictions, name), dtype) for name, dtype in dtypes.items()})
-        path = self.predictions(split)
-        files.make_folder(path.parent)
-        files.write_whole(path, buffer.getvalue())
+        files.write_whole(self.predictions(split), buffer.getvalue(), make_parent=True)
 
     def read_predictions(self, split: str) -> Predictions:
         """Return the predictions of a split; InputError if they are absent, damaged (checksums are verified) or do not fit."""

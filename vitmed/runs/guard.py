@@ -1,18 +1,16 @@
 """One process per run folder, and signals that end a run tidily instead of in the middle of a step.
 
-The lock is the kernel's (flock): it goes with the process that holds it, however that process dies, and knows no stale pids.
+The lock is the kernel's (flock): it goes with the process that holds it, however that process dies, and knows no stale pids. Where the file
+system has none, a heartbeat stands in for it.
 """
 
 import contextlib
 import ctypes
-import datetime
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from vitmed import config
+from vitmed.runs import heartbeat
 
 LOCK_NAME = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # EACCES: NFS, which makes flock a POSIX lock
@@ -29,23 +28,22 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @contextlib.contextmanager
 def lock(path: str | os.PathLike) -> Iterator[None]:
-    """Hold the existing run folder `path` for this process; MachineError that names the holder if another process has it.
-
-    Where the file system has no locks the run goes on without one, after a line on stderr.
-    """
-    file = pathlib.Path(path) / LOCK_NAME
+    """Hold the existing run folder `path` for this process; MachineError that names the holder if another process has it."""
+    folder = pathlib.Path(path)
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise config.MachineError(f"{path} cannot be locked: {error.strerror or error}") from error
     try:
-        if locked := _try_lock(descriptor, folder=pathlib.Path(path)):
-            _sign(descriptor)
+        if not _try_lock(descriptor, folder=folder):
+            with heartbeat.held(folder):
+                yield
+            return
+        _sign(descriptor)
         try:
             yield
-        finally:
-            if locked:  # said aloud, since closing alone keeps the lock for forked children
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:  # said aloud, since closing alone keeps the lock for forked children
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)  # the file stays: removing it would let two processes lock two files of one name
 
@@ -56,31 +54,22 @@ def _try_lock(descriptor: int, *, folder: pathlib.Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in UNSUPPORTED:
-            print(f"vitmed: {folder} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
             return False
         if error.errno not in HELD:
             raise config.MachineError(f"{folder} cannot be locked: {error.strerror or error}") from error
-        holder = _holder(descriptor)
-        raise config.MachineError(f"{folder} is in use by {holder}; wait for it to end or give another --workdir") from error
+        try:
+            signed = os.pread(descriptor, 4096, 0)
+        except OSError:
+            signed = b""
+        raise heartbeat.in_use(folder, signed) from error
     return True
 
 
 def _sign(descriptor: int) -> None:
-    """Write who holds the lock, for the message of who comes next."""
-    started = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+    """Write who holds the lock."""
     with contextlib.suppress(OSError):  # a full disk does not break the lock, only the message
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode() + b"\n", 0)
-
-
-def _holder(descriptor: int) -> str:
-    """Say who signed the lock file: it may be half written, or by another hand."""
-    try:
-        signed = json.loads(os.pread(descriptor, 4096, 0))
-        return f"process {signed['pid']} on {signed['host']} since {signed['started']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+        os.pwrite(descriptor, heartbeat.signature().encode() + b"\n", 0)
 
 
 def end_with_parent() -> None:
@@ -105,6 +94,11 @@ class Signals:
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._former[signum] = signal.signal(signum, self._handle)
         return self
+
+    def check(self) -> None:
+        """Raise config.Stopped if a signal came."""
+        if self.requested is not None:
+            raise config.Stopped(self.requested)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for signum, handler in self._former.items():

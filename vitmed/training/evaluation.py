@@ -25,8 +25,19 @@ class Predictions:
     losses: np.ndarray
 
 
-def predict(program: Callable[..., Any], params: Any, images: np.ndarray, labels: np.ndarray, *, batch_size: int) -> Predictions:
-    """Images uint8 [N, *S, C] and labels [N, L] through `program`, in batches whose fillers are left out again."""
+def predict(
+    program: Callable[..., Any],
+    params: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """Images uint8 [N, *S, C] and labels [N, L] through `program`, in batches whose fillers are left out again.
+
+    `check` is called before every batch; what it raises ends the pass.
+    """
     pending: collections.deque = collections.deque()
     probabilities, losses = [], []
 
@@ -36,6 +47,7 @@ def predict(program: Callable[..., Any], params: Any, images: np.ndarray, labels
         losses.append(np.asarray(batch_losses)[:, :real])
 
     for batch, real in pipeline.evaluation_batches(images, labels, batch_size=batch_size):
+        check()
         pending.append((program(params, batch), real))
         if len(pending) > IN_FLIGHT:
             fetch()

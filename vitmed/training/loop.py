@@ -1,11 +1,12 @@
 """The one training loop, from a recipe and a data set to predictions; read it top to bottom.
 
-Order within a chunk: train, validate if an epoch ended, save if due, stop if asked. What a checkpoint holds is therefore always the
-state, the best parameters, the position in the data and the metrics of one and the same step, and resuming is restoring.
+Order within a chunk: stop if asked, train, validate if an epoch ended, save if due. What a checkpoint holds is therefore always the
+state, the best parameters, the position in the data and the metrics of one and the same step, and resuming is restoring. A signal also
+ends a validation, which then comes first when the run goes on, and the final test.
 """
 
 import dataclasses
-import sys
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,11 @@ class Progress:
     compile_seconds: float
     data_md5: str | None
 
+    @property
+    def number(self) -> int:
+        """The checkpoint's number: how many chunks and validations lie behind it, so that no two states share one."""
+        return self.chunk + len(self.rows)
+
 
 @dataclasses.dataclass
 class Training:
@@ -48,7 +54,7 @@ class Training:
 
     def save(self, checkpoints: checkpoint.Checkpoints) -> None:
         """Begin to write a checkpoint."""
-        checkpoints.save(self.progress.chunk, state=self.state, best=self.best, progress=dataclasses.asdict(self.progress))
+        checkpoints.save(self.progress.number, state=self.state, best=self.best, progress=dataclasses.asdict(self.progress))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,34 +98,48 @@ def train(
         del start  # a copy of the parameters that nothing needs any more
         progress = training.progress
         run_folder.write_metrics(progress.rows)  # what an interrupted epoch wrote beyond the checkpoint is written again
-        predict, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
+        program, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
         progress.compile_seconds += seconds
-        train_chunk, saved_at = None, time.monotonic()
+        predict = functools.partial(_predict, program, batch_size=evaluation_batch_size, check=signals.check)
+        train_chunk, saved, saved_at = None, progress.number, time.monotonic()
         with tracking.Progress(
             label, total_steps=plan.steps_before(plan.num_chunks), done_steps=plan.steps_before(progress.chunk)
         ) as display:
-            for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed):
-                if train_chunk is None:
-                    train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident)
-                    progress.compile_seconds += seconds
-                advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
-                if plan.ends_epoch(chunk.number):
-                    predictions = _predict(predict, training.state.params, dataset.splits["val"], evaluation_batch_size)
-                    training.best = keep_best(training.best, training.state, evaluation.mean_losses(predictions), len(progress.rows) + 1)
-                    progress.rows.append(epoch_row(training, predictions, dataset=dataset, plan=plan, learning_rate=learning_rate))
-                    progress.losses = [[] for _ in recipe.seeds]
-                    run_folder.write_metrics(progress.rows)
-                    display.validated(progress.rows[-1]["val"]["loss"])
-                stopped = signals.requested if progress.chunk < plan.num_chunks else None
-                if stopped or progress.chunk == plan.num_chunks or time.monotonic() - saved_at >= checkpoint_seconds:
+
+            def validate() -> None:
+                predictions = predict(training.state.params, dataset.splits["val"])
+                training.best = keep_best(training.best, training.state, evaluation.mean_losses(predictions), len(progress.rows) + 1)
+                progress.rows.append(epoch_row(training, predictions, dataset=dataset, plan=plan, learning_rate=learning_rate))
+                progress.losses = [[] for _ in recipe.seeds]
+                run_folder.write_metrics(progress.rows)
+                display.validated(progress.rows[-1]["val"]["loss"])
+
+            try:
+                if len(progress.rows) < progress.chunk // plan.chunks_per_epoch:  # stopped in the validation of an epoch
+                    validate()
+                for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed):
+                    signals.check()
+                    if train_chunk is None:
+                        train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident)
+                        progress.compile_seconds += seconds
+                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
+                    if plan.ends_epoch(chunk.number):
+                        validate()
+                    if time.monotonic() - saved_at >= checkpoint_seconds:
+                        training.save(checkpoints)
+                        saved, saved_at = progress.number, time.monotonic()
+                    checkpoints.poll()
+                if progress.number != saved:
                     training.save(checkpoints)
-                    saved_at = time.monotonic()
-                checkpoints.poll()
-                if stopped:
-                    checkpoints.finish()
-                    display.note(f"{label}: stopped by a signal at step {plan.steps_before(progress.chunk)}, saved; run it again to go on")
-                    raise config.Stopped(stopped)
-    return conclude(recipe, training, predict, dataset=dataset, batch_size=evaluation_batch_size)
+                    saved = progress.number
+                checkpoints.finish()
+                return conclude(recipe, training, predict, dataset=dataset, note=display.note)
+            except config.Stopped:
+                if progress.number != saved:
+                    training.save(checkpoints)
+                checkpoints.finish()
+                display.note(f"{label}: stopped by a signal at step {plan.steps_before(progress.chunk)}, saved; run it again to go on")
+                raise
 
 
 def place(
@@ -177,8 +197,10 @@ def advance(
     )
 
 
-def _predict(program: Callable[..., Any], params: Any, split: sources.Split, batch_size: int) -> evaluation.Predictions:
-    return evaluation.predict(program, params, split.images, split.labels, batch_size=batch_size)
+def _predict(
+    program: Callable[..., Any], params: Any, split: sources.Split, *, batch_size: int, check: Callable[[], None]
+) -> evaluation.Predictions:
+    return evaluation.predict(program, params, split.images, split.labels, batch_size=batch_size, check=check)
 
 
 def _measure(
@@ -221,18 +243,23 @@ def epoch_row(
 
 
 def conclude(
-    recipe: programs.Recipe, training: Training, predict: Callable[..., Any], *, dataset: sources.Dataset, batch_size: int
+    recipe: programs.Recipe,
+    training: Training,
+    predict: Callable[..., evaluation.Predictions],
+    *,
+    dataset: sources.Dataset,
+    note: Callable[[str], None],
 ) -> Outcome:
     """The best parameters meet validation and, once, the test split."""
     progress = training.progress
     predictions, measured, seconds = {}, {}, {}
     for name in ("val", "test"):
         started = time.perf_counter()
-        predictions[name] = _predict(predict, training.best.params, dataset.splits[name], batch_size)
+        predictions[name] = predict(training.best.params, dataset.splits[name])
         seconds[name] = time.perf_counter() - started
         measured[name], warnings = _measure(dataset, name, predictions[name], progress.failed)
         for warning in warnings:
-            print(f"vitmed: {name}: {warning}", file=sys.stderr)
+            note(f"vitmed: {name}: {warning}")
     return Outcome(
         # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
         best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
