@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: run test test-all lint benchmark lock clean
+.PHONY: run test test-all torture lint audit benchmark lock clean
 
 run: .venv/ready
 	$(RUN) -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
@@ -14,9 +14,18 @@ test: .venv/ready
 test-all: .venv/ready
 	$(RUN) -m pytest
 
+# Runs killed 50 times, and more than 10,000 damaged files; make torture SEED=7 repeats what another one drew.
+SEED ?= $(shell date +%s)
+torture: .venv/ready
+	VITMED_KILLS=25 VITMED_FUZZ=1000 VITMED_SEED=$(SEED) $(RUN) -m pytest -s tests/test_kills.py tests/test_disks.py tests/test_fuzz.py
+
 lint: .venv/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+
+# Known vulnerabilities of the locked versions; needs uv and the network.
+audit:
+	uvx pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 # With PEER="python path/to/step.py" each patch size is measured beside that command, in turn.
 benchmark: .venv/ready

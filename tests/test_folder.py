@@ -379,7 +379,7 @@ def test_foreign_predictions_are_refused(tmp_path):
     with pytest.raises(config_lib.InputError, match=r"is broken.*probabilities"):
         run.read_predictions("val")
     np.savez(file, **{**predictions(), "labels": np.array([[{}]], object)})
-    with pytest.raises(config_lib.InputError, match=r"is broken.*allow_pickle"):
+    with pytest.raises(config_lib.InputError, match=r"is broken.*pickled objects, which are never loaded"):
         run.read_predictions("val")
     file.write_bytes(b"PK")
     with pytest.raises(config_lib.InputError, match="is broken"):

@@ -1,6 +1,7 @@
 """Weights by name: folders, a cache made by hand, and the real huggingface_hub against a local server with faults; no network."""
 
 import errno
+import hashlib
 import http.server
 import json
 import logging
@@ -27,7 +28,7 @@ OURS, THEIRS = ({f"{prefix}mean": NUMBERS[0], f"{prefix}std": NUMBERS[1]} for pr
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The Hub's answers for the files in the server's `files`; `fault` is (status, headers), 'hang', or for one GET 'cut' or 'short'."""
+    """The Hub's answers for the server's `files`; `fault` is (status, headers), 'hang', or for one GET 'cut', 'short' or 'changed'."""
 
     def do_HEAD(self):
         server = self.server
@@ -39,8 +40,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = server.files.get(self.path.replace("/resolve/main/", "/"))
         if content is None:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
-        headers = {"ETag": f'"{len(content)}-{content[:1].hex()}"', "X-Repo-Commit": COMMIT, "X-HF-Warning": f"{id(server)}; log in"}
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "X-HF-Warning": f"{id(server)}; log in"}
         short = self.command == "GET" and server.fault == "short"
+        if self.command == "GET" and server.fault == "changed":
+            content = content[:-1] + b"?"
         self.answer(200, headers, content[: len(content) // 2] if short else content)
 
     def do_GET(self):
@@ -191,6 +194,13 @@ def test_a_broken_connection_is_mended_and_half_a_file_never_kept(server, tmp_pa
     shutil.rmtree(tmp_path / "home")
     server.fault = "short"
     assert "cannot be downloaded" in complaint(TI)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000]
+    assert hub.find(TI).read_bytes() == CONTENT
+
+
+def test_what_comes_with_another_checksum_is_removed(server, tmp_path):
+    server.fault = "changed"
+    assert "what came has SHA-256" in complaint(TI, config.MachineError)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 1000]
     assert hub.find(TI).read_bytes() == CONTENT
 

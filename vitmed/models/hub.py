@@ -7,6 +7,7 @@ Hugging Face cache, and then downloaded into that cache by the optional package 
 import contextlib
 import difflib
 import errno
+import hashlib
 import os
 import pathlib
 import re
@@ -98,27 +99,43 @@ def _fetch(name: str) -> pathlib.Path:
 
     cache, endpoint = cache_folder(), os.environ.get("HF_ENDPOINT") or None
 
-    def size(filename: str) -> int | None:
-        """Bytes of a file of the repository, 0 where they are not said; None where there is no such file."""
+    def described(filename: str) -> tuple[int, str | None] | None:
+        """Bytes (0 where they are not said) and ETag of a file of the repository; None where there is no such file."""
         url = huggingface_hub.hf_hub_url(name, filename, endpoint=endpoint)
         try:
-            return huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint).size or 0
+            metadata = huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=endpoint)
+            return metadata.size or 0, metadata.etag
         except huggingface_hub.errors.EntryNotFoundError:
             return None
 
     with _quietly():
-        sizes = ((filename, size(filename)) for filename in known.WEIGHTS)
-        weights, total = next(((filename, found) for filename, found in sizes if found is not None), (None, 0))
+        there = ((filename, described(filename)) for filename in known.WEIGHTS)
+        weights, found = next(((filename, found) for filename, found in there if found is not None), (None, None))
         if weights is None:
             mend = "choose another name, or give the path of a file"
             raise config.InputError(f"{name}: its repository has no {' or '.join(known.WEIGHTS)}; {mend}")
+        total, etag = found
         _require_space(name, total, cache)
         if not sys.stderr.isatty():  # else the library shows a progress bar
             print(f"downloading {weights} of {name} to {cache}", file=sys.stderr)
         # What says mean and std comes first: once the weights are in the cache, nothing is downloaded any more.
-        wanted = [] if name in known.NAMES else [filename for filename in known.CONFIGS if size(filename) is not None]
+        wanted = [] if name in known.NAMES else [filename for filename in known.CONFIGS if described(filename) is not None]
         options = {"cache_dir": str(cache), "endpoint": endpoint, "etag_timeout": TIMEOUT}
-        return [pathlib.Path(huggingface_hub.hf_hub_download(name, filename, **options)) for filename in (*wanted, weights)][-1]
+        path = [pathlib.Path(huggingface_hub.hf_hub_download(name, filename, **options)) for filename in (*wanted, weights)][-1]
+        _verify(name, path, etag)
+        return path
+
+
+def _verify(name: str, path: pathlib.Path, etag: str | None) -> None:
+    """MachineError, and the file removed, where it is not what the Hub has: of large files the ETag is the SHA-256, which nobody checks."""
+    if etag is None or not re.fullmatch("[0-9a-f]{64}", etag):
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != etag:
+        for there in {path.resolve(), path}:
+            there.unlink()
+        raise config.MachineError(f"{name}: what came has SHA-256 {found}, the Hub's file {etag}; it was removed, try again")
 
 
 @contextlib.contextmanager

@@ -176,7 +176,7 @@ def defect(step: pathlib.Path) -> str | None:
         actual = _digests(step)
     except FileNotFoundError:
         return _UNSEALED
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{SEAL} cannot be read ({error})"
     if not isinstance(expected, dict) or not expected:
         return f"{SEAL} is not a table of digests"

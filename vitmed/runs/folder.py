@@ -200,11 +200,14 @@ class RunFolder:
             raise config_lib.InputError(f"{self.path} holds no predictions of split {split!r}; there are: {there}") from error
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if damaged := archive.testzip():  # before numpy believes a header and allocates what it says
+                if damaged := archive.testzip():  # before a header is believed
                     raise ValueError(f"the checksum of {damaged} does not match")
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                predictions = Predictions(*(arrays[name] for name in Predictions._fields))
-        except (*npz.DAMAGE, OSError, KeyError) as error:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):  # nor may it unpack to any size
+                    raise ValueError("it is compressed, which vitmed's are not")
+                for name in Predictions._fields:
+                    npz.read_header(archive, name)
+                predictions = Predictions(*(npz.read_array(archive, name) for name in Predictions._fields))
+        except (*npz.DAMAGE, OSError) as error:
             raise config_lib.InputError(f"{path} is broken: {str(error) or type(error).__name__}; restore it from a copy") from error
         if fault := _predictions_fault(predictions):
             raise config_lib.InputError(f"{path} does not hold predictions: {fault}")

@@ -23,7 +23,7 @@ from vitmed import config
 from vitmed.runs import files
 
 NAME = ".heartbeat"
-SIGNATURE = re.compile(r"process \d+ on \S+ since [-+:. \d]+\d")
+SIGNATURE = re.compile(r"process \d+ on [\w.-]+ since [-+:. \d]+\d")
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 LOOK_SECONDS = 1.0
