@@ -17,7 +17,7 @@ test-all: .venv/ready
 # Runs killed 50 times, and more than 10,000 damaged files; make torture SEED=7 repeats what another one drew.
 SEED ?= $(shell date +%s)
 torture: .venv/ready
-	VITMED_KILLS=25 VITMED_FUZZ=1000 VITMED_SEED=$(SEED) $(RUN) -m pytest -s tests/test_kills.py tests/test_disks.py tests/test_fuzz.py
+	VITMED_KILLS=25 VITMED_FUZZ=1000 VITMED_SEED=$(SEED) $(RUN) -m pytest -s -o faulthandler_timeout=0 tests/test_kills.py tests/test_disks.py tests/test_fuzz.py
 
 lint: .venv/ready
 	$(RUN) -m ruff format --check .

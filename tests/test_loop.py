@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from killing import ROOT, stored
 
 from vitmed import config, experiment, metrics
 from vitmed.data import sources
@@ -47,17 +48,6 @@ def start(cfg, path, *, signals=None, dataset=None, steps_per_chunk=None, checkp
         placement=cfg.data.placement,
         label="test",
     )
-
-
-def stored(cfg, path) -> tuple[list[np.ndarray], dict]:
-    """All arrays of the last checkpoint and its progress without the times."""
-    planned = experiment.plan(cfg)
-    recipe = experiment.recipe(planned, steps_per_epoch=1)
-    with checkpoint.Checkpoints(folder.RunFolder(path).checkpoints, read_only=True) as checkpoints:
-        state, best = recipe.abstract
-        items = checkpoints.restore(checkpoints.latest(), state=state, best=best, progress=None)
-    progress = {name: value for name, value in items["progress"].items() if not name.endswith("seconds")}
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((items["state"], items["best"]))], progress
 
 
 def assert_same_bytes(one: list[np.ndarray], other: list[np.ndarray]) -> None:
@@ -102,6 +92,15 @@ def test_a_run_stopped_again_and_again_has_identical_bytes_and_every_epoch_once(
     rows = [json.loads(line) for line in (tmp_path / "torn" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["step"] for row in rows] == [3, 6]
+
+
+@pytest.mark.parametrize("spec", ["vit2d.py:dataset=breastmnist,patch=28", "vit2d.py:dataset=tissuemnist,patch=2", "vit3d.py:patch=1"])
+def test_a_chunk_takes_five_seconds_at_most_by_the_estimate(spec):
+    planned = experiment.plan(config.load(f"{ROOT}/configs/{spec}", {"model.pretrained": ""}))
+    plan = experiment.step_plan(planned, planned.description.num_examples["train"])
+    assert plan.steps_per_chunk == 1 or plan.steps_per_chunk * planned.step_seconds <= experiment.CHUNK_SECONDS
+    longer = (plan.steps_per_chunk + 1) * planned.step_seconds > experiment.CHUNK_SECONDS
+    assert longer or plan.chunks_per_epoch <= 2 * plan.steps_per_epoch * planned.step_seconds / experiment.CHUNK_SECONDS + 1
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_go_on_from(small_config, tmp_path):

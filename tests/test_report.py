@@ -2,7 +2,7 @@
 
 import csv
 import io
-import pathlib
+import json
 import shutil
 import xml.dom.minidom
 
@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from vitmed import cli, report
+from vitmed import config as config_lib
+from vitmed.runs import folder
 from vitmed.study import figures, formats, results
 
 BROWSER = shutil.which("chromium")
@@ -223,10 +225,26 @@ def test_the_page_needs_no_network_and_no_other_file(out):
     assert all(address.startswith(("data:", "#")) for address in addresses)
 
 
-def test_what_is_not_ours_is_escaped(tmp_path):
-    made_runs.write(tmp_path / "runs" / "<script>alert(1)<", patch="7")
-    assert run(f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}") == 0
-    assert "<script>alert" not in pathlib.Path(tmp_path / "out" / "index.html").read_text()
+def test_what_is_not_ours_is_escaped(tmp_path, capsys):
+    """Names of folders, and whatever text the files of a run can hold."""
+    tag = "<img src=x onerror=alert(1)>"
+    path = tmp_path / "runs" / "<script>alert(1)<"
+    made_runs.write(path, patch="7")
+    run_folder = folder.RunFolder(path)
+    config = run_folder.read_config()
+    config["model"] |= {"pretrained": tag, "variant": tag}
+    run_folder.config.write_text(json.dumps(config))
+    words = {"dataset": f"breast{tag}", "device": tag, "variant": tag, "pretrained": tag, "versions": {tag: tag}}
+    run_folder.write_result(run_folder.read_result() | words | {"config_digest": folder.digest(config_lib.as_tuples(config))})
+    folder.RunFolder(tmp_path / "runs" / "failed").write_failure({"ended": "\x1b[2J", "said": tag})
+    assert run(f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}") == 1
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "&lt;img src=x onerror" in page
+    assert "<img src=x" not in page
+    assert "<script>alert" not in page
+    for file in (tmp_path / "out" / "figures").glob("*.svg"):
+        assert "<img" not in file.read_text()
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_empty_folders_are_refused(capsys, roots, tmp_path):

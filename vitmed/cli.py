@@ -75,7 +75,7 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _complain(message: object, status: int) -> int:
-    line = " ".join(str(message).split())
+    line = config.one_line(message)
     print(f"vitmed: {line}", file=sys.stderr)
     with contextlib.suppress(KeyError, ValueError, OSError):
         os.write(int(os.environ[LAST_WORDS]), line.encode())

@@ -42,6 +42,11 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+def one_line(text: object) -> str:
+    """The text in one line, without what would move a terminal's cursor or change its colours: parts of it may come out of a file."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(str(text).split()))
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The names most like `name`, or all of them where none is, as words for an error."""
     names = list(names)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     study = analysis.analyse(runs, faults=faults, ensembles=wanted(flags.ensemble, runs), resamples=resamples)
     write(study, out, runs=runs if flags.medmnist else ())
     for fault in faults:
-        print(f"vitmed: {fault}", file=sys.stderr)
+        print(f"vitmed: {config_lib.one_line(fault)}", file=sys.stderr)
     print(out / "index.html")
     return 1 if faults else 0
 

@@ -121,7 +121,7 @@ def _fault_of(result: Mapping[str, Any]) -> str | None:
 
 def _failure_text(failure: Mapping[str, Any]) -> str:
     """How a point's process ended, and what it complained of."""
-    return f"{failure.get('ended')}{': ' if failure.get('said') else ''}{failure.get('said') or ''}"
+    return config_lib.one_line(f"{failure.get('ended')}{': ' if failure.get('said') else ''}{failure.get('said') or ''}")
 
 
 def check(sweep: Sweep) -> None:

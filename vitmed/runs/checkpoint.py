@@ -42,6 +42,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._sealing = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._pending: concurrent.futures.Future | None = None
+        self._newest = 0  # the step before anything was done, which needs no checkpoint
         self._hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
@@ -76,12 +77,15 @@ class Checkpoints:
     def save(self, step: int, *, state: Any, best: Any, progress: dict[str, Any]) -> None:
         """Begin to write a step; device arrays are copied before this returns, the files are written and sealed in the background.
 
-        MachineError where writing fails, this step or the one before.
+        Does nothing where it is the newest already. MachineError where writing fails, this step or the one before.
         """
+        if step == self._newest:
+            return
         self.finish()
         items = {"state": ocp.args.StandardSave(state), "best": ocp.args.StandardSave(best), "progress": ocp.args.JsonSave(progress)}
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._newest = step
         self._pending = self._sealing.submit(self._commit, step)
 
     def _commit(self, step: int) -> None:
@@ -126,6 +130,7 @@ class Checkpoints:
                 if troubles:
                     found = f"{self._path}: {_listed(troubles)}; going on from step {step}, the newest intact one"
                     print(f"vitmed: {found}{self._set_aside(troubles)}", file=sys.stderr)
+                self._newest = step
                 return step
             troubles[step] = trouble
         if any(why != _UNSEALED for why in troubles.values()):

@@ -53,7 +53,7 @@ class Training:
     progress: Progress
 
     def save(self, checkpoints: checkpoint.Checkpoints) -> None:
-        """Begin to write a checkpoint."""
+        """Begin to write a checkpoint of what the newest one does not have."""
         checkpoints.save(self.progress.number, state=self.state, best=self.best, progress=dataclasses.asdict(self.progress))
 
 
@@ -101,7 +101,7 @@ def train(
         program, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
         progress.compile_seconds += seconds
         predict = functools.partial(_predict, program, batch_size=evaluation_batch_size, check=signals.check)
-        train_chunk, saved, saved_at = None, progress.number, time.monotonic()
+        train_chunk, saved_at = None, time.monotonic()
         with tracking.Progress(
             label, total_steps=plan.steps_before(plan.num_chunks), done_steps=plan.steps_before(progress.chunk)
         ) as display:
@@ -127,16 +127,13 @@ def train(
                         validate()
                     if time.monotonic() - saved_at >= checkpoint_seconds:
                         training.save(checkpoints)
-                        saved, saved_at = progress.number, time.monotonic()
+                        saved_at = time.monotonic()
                     checkpoints.poll()
-                if progress.number != saved:
-                    training.save(checkpoints)
-                    saved = progress.number
+                training.save(checkpoints)
                 checkpoints.finish()
                 return conclude(recipe, training, predict, dataset=dataset, note=display.note)
             except config.Stopped:
-                if progress.number != saved:
-                    training.save(checkpoints)
+                training.save(checkpoints)
                 checkpoints.finish()
                 display.note(f"{label}: stopped by a signal at step {plan.steps_before(progress.chunk)}, saved; run it again to go on")
                 raise
