@@ -11,7 +11,7 @@ from scipy import stats
 
 from vitmed import config as config_lib
 from vitmed import metrics
-from vitmed.study import analysis, collection, comparisons, series, subjects, summary
+from vitmed.study import analysis, collection, comparisons, figures, series, subjects, summary
 
 RESAMPLES = 200
 
@@ -88,13 +88,10 @@ def spoil(path, kind):
         file = dict(np.load(path / "predictions" / "test.npz"))
         np.savez(path / "predictions" / "test.npz", **(file | {"labels": file["labels"] + 1}))
         return "labels from 1 to 2, its task has 0 to 1"
-    if kind == "epochs":
-        (path / "metrics.jsonl").write_text('{"epoch": 1, "val": {"loss": [1, 1, 1]}}\n')
-        return "metrics.jsonl line 1 has no train_loss of 3 seeds"
     raise AssertionError(kind)
 
 
-SPOILT = ["half-written", "newer", "truncated", "no predictions", "no config", "other config", "failed", "only failed", "labels", "epochs"]
+SPOILT = ["half-written", "newer", "truncated", "no predictions", "no config", "other config", "failed", "only failed", "labels"]
 
 
 @pytest.mark.parametrize("kind", SPOILT)
@@ -107,6 +104,24 @@ def test_a_spoilt_folder_is_named_and_the_rest_is_read(tmp_path, kind):
     assert fault.startswith(f"{tmp_path / 'p7'}: ")
     assert said in fault
     assert len(fault.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"epoch": 1, "val": {"loss": [1, 1, 1]}}\n', "metrics.jsonl line 1 has no train_loss of 3 seeds"),
+        ('{"epoch": 1\n', "metrics.jsonl line 1 is broken"),
+        ("\0", "metrics.jsonl line 1 is broken"),
+    ],
+)
+def test_without_its_curves_a_run_is_still_read(tmp_path, content, says):
+    made_runs.write(tmp_path / "p7", patch="7")
+    (tmp_path / "p7" / "metrics.jsonl").write_text(content)
+    (run,), (fault,) = series.collect([tmp_path])
+    assert fault.startswith(f"{tmp_path / 'p7'}: learning curves left out: {says}")
+    assert len(run.epochs) == 0
+    one = analysis.analyse([run], resamples=100).data_sets[0]
+    assert figures.learning_curves(one)
 
 
 def test_nothing_finished_is_an_input_error(tmp_path):

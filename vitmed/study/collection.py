@@ -77,7 +77,10 @@ def read_all(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
                 continue
             seen.add(path.resolve())
             try:
-                runs.append(read(path))
+                run = read(path)
+                epochs, fault = read_epochs(path, num_seeds=len(run.result["seeds"]))
+                runs.append(dataclasses.replace(run, epochs=epochs))
+                faults += [fault] if fault else []
             except (config_lib.InputError, OSError) as error:
                 faults.append(f"{path}: left out: {str(error).removeprefix(f'{path}: ')}")
     if not runs:
@@ -104,7 +107,7 @@ def is_run(path: pathlib.Path) -> bool:
 
 
 def read(path: pathlib.Path) -> Run:
-    """A finished run; InputError where it is not finished, damaged, of a newer schema, or its files do not fit together."""
+    """A finished run without its epochs; InputError where it is not finished, damaged, of a newer schema, or its files do not fit."""
     run_folder = folder.RunFolder(path)
     result, failure = run_folder.read_result(), run_folder.read_failure()
     if result is None and failure is not None:
@@ -122,18 +125,29 @@ def read(path: pathlib.Path) -> Run:
     probabilities = predictions.probabilities[alive]
     if not alive or not np.isfinite(probabilities).all():
         raise config_lib.InputError(f"{path}: {'its predictions are not all finite' if alive else 'every seed has failed'}")
-    epochs = run_folder.read_metrics()
-    if fault := _labels_fault(result["task"], predictions.labels, probabilities) or _epochs_fault(epochs, len(result["seeds"])):
+    if fault := _labels_fault(result["task"], predictions.labels, probabilities):
         raise config_lib.InputError(f"{path}: {fault}; restore it from a copy")
     return Run(
         path=path,
         result=result,
         config=config_lib.flatten(config),
-        epochs=epochs,
+        epochs=(),
         labels=predictions.labels,
         probabilities=probabilities,
         seeds=tuple(result["seeds"][index] for index in alive),
     )
+
+
+def read_epochs(path: pathlib.Path, *, num_seeds: int) -> tuple[list[dict[str, Any]], str | None]:
+    """(rows of metrics.jsonl, None), or (none, what is wrong with them): a run is whole without its curves."""
+    try:
+        epochs = folder.RunFolder(path).read_metrics()
+        fault = _epochs_fault(epochs, num_seeds)
+    except config_lib.InputError as error:
+        fault = str(error).removeprefix(f"{path}/")
+    if not fault:
+        return epochs, None
+    return [], f"{path}: learning curves left out: {fault}"
 
 
 def _labels_fault(task: str, labels: np.ndarray, probabilities: np.ndarray) -> str | None:
