@@ -35,17 +35,18 @@ except config.MachineError as error:
 """
 
 
-@pytest.fixture(autouse=True, params=[errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
-def without_locks(request, monkeypatch):
+def refuse_locks(monkeypatch, code):
     def unsupported(*_):
-        raise OSError(request.param, os.strerror(request.param))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+@pytest.fixture(autouse=True)
+def without_locks(monkeypatch):
+    refuse_locks(monkeypatch, errno.ENOLCK)
     for name, seconds in SECONDS.items():
         monkeypatch.setattr(heartbeat, name, seconds)
-
-
-only_once = pytest.mark.parametrize("without_locks", [errno.ENOLCK], indirect=True)
 
 
 @contextlib.contextmanager
@@ -77,7 +78,13 @@ def test_a_second_process_is_refused_with_a_word_about_the_first(tmp_path, capsy
     assert [file.name for file in tmp_path.iterdir()] == [guard.LOCK_NAME]
 
 
-@only_once
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_whatever_a_file_system_without_locks_says(tmp_path, monkeypatch, code):
+    refuse_locks(monkeypatch, code)
+    with guard.lock(tmp_path):
+        assert (tmp_path / heartbeat.NAME).read_bytes().startswith(b"process ")
+
+
 def test_a_killed_holder_is_taken_over_when_it_gives_no_sign(tmp_path, capsys):
     with process(tmp_path) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -92,7 +99,6 @@ def test_a_killed_holder_is_taken_over_when_it_gives_no_sign(tmp_path, capsys):
                 assert f"in use by process {os.getpid()} " in second.stdout.readline()
 
 
-@only_once
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_clock_that_is_hours_off_changes_nothing(tmp_path, hours):
     """A file of another age than it should have: what counts is whether it is touched."""
@@ -118,7 +124,6 @@ def test_a_clock_that_is_hours_off_changes_nothing(tmp_path, hours):
     beating.join()
 
 
-@only_once
 def test_of_many_that_come_at_once_one_gets_it(tmp_path):
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(process(tmp_path)) for _ in range(4)]
@@ -128,7 +133,6 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path):
     assert all(f"in use by process {winner} " in line for line in said if line != "held")
 
 
-@only_once
 def test_a_holder_that_slept_and_was_replaced_ends(tmp_path):
     with process(tmp_path) as holder:
         assert holder.stdout.readline() == "held\n"
@@ -143,7 +147,6 @@ def test_a_holder_that_slept_and_was_replaced_ends(tmp_path):
                 assert f"in use by process {os.getpid()} " in third.stdout.readline()
 
 
-@only_once
 def test_what_another_hand_wrote_there_is_not_repeated(tmp_path, capsys):
     (tmp_path / heartbeat.NAME).write_bytes(b"process 1 on \x1b[31mhost since \xff")
     os.utime(tmp_path / heartbeat.NAME, (0, 0))
@@ -151,7 +154,6 @@ def test_what_another_hand_wrote_there_is_not_repeated(tmp_path, capsys):
         assert capsys.readouterr().err == f"vitmed: {tmp_path}: another process gives no sign of life; going on in its place\n"
 
 
-@only_once
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat.files, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, os.strerror(errno.EROFS))))
     with pytest.raises(config.MachineError, match="cannot be locked: Read-only file system"), guard.lock(tmp_path):

@@ -9,7 +9,7 @@ import random
 import pytest
 from killing import Moment
 
-KILLS = int(os.environ.get("VITMED_KILLS", "3"))
+KILLS = int(os.environ.get("VITMED_KILLS", "2"))
 SEED = int(os.environ.get("VITMED_SEED", "0"))
 KILLS_OF_A_RUN = 5  # at most, then it may finish
 MOMENTS = (

@@ -60,7 +60,7 @@ def test_a_run_stopped_anywhere_and_continued_has_identical_bytes(small_config, 
     whole = start(cfg, tmp_path / "whole", steps_per_chunk=2)
     expected, progress = stored(cfg, tmp_path / "whole")
     assert (progress["chunk"], len(progress["rows"])) == (4, 2)
-    where = {1: (1, 0), 3: (2, 0), 4: (2, 1), 7: (4, 1), 11: (4, 2)}  # in an epoch, a validation, between, in the last one, in the test
+    where = {1: (1, 0), 3: (2, 0), 7: (4, 1), 11: (4, 2)}  # within an epoch, a validation, the last validation, the test
     for place, (chunks, epochs) in where.items():
         path = tmp_path / f"stopped{place}"
         with pytest.raises(config.Stopped):

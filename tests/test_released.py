@@ -225,6 +225,7 @@ def test_it_is_evaluated_as_it_was_trained(finished, tmp_path):
         assert json.loads(out.read_text())[split] == json.loads((workdir / "result.json").read_text())[split]
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_to_the_same_bytes(finished, file, tmp_path, monkeypatch):
     rank, patch, done = finished
     more = [*released(file, rank, patch=patch), f"--workdir={tmp_path / 'run'}", "--config.train.checkpoint_seconds=0"]

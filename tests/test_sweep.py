@@ -1,9 +1,9 @@
 """A sweep as users call it: what it runs, skips, records and says; with real processes, of which the main sweep is shared by the tests."""
 
 import contextlib
-import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +204,7 @@ def test_a_point_ends_with_a_sweep_that_is_killed(tmp_path, swept):
         while not any(file.stat().st_size for file in root.rglob("metrics.jsonl")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        point = json.loads((root / GOOD / guard.LOCK_NAME).read_text())["pid"]
+        point = int(re.match(r"process (\d+) ", (root / GOOD / guard.LOCK_NAME).read_text()).group(1))
         process.send_signal(signal.SIGKILL)
         try:
             _, errors = process.communicate(timeout=60)  # until the point, which shares its stderr, has ended

@@ -99,7 +99,7 @@ def load(name: str, *, size: int, root: str = "", verify: bool = True) -> datase
     except (OSError, *npz.DAMAGE) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that comes of a damaged archive, which points before its start
             raise config.InputError(f"{path}: cannot be read ({error}); mend that, or name another folder with data.root") from error
-        cause, mend = " ".join(str(error).split()) or "it ends too early", f"delete it, and the next run downloads {url}"
+        cause, mend = config.one_line(error)[:400] or "it ends too early", f"delete it, and the next run downloads {url}"
         raise config.InputError(f"{path} is not the {name} file of size {size}: {cause}; {mend}") from error
     num_examples = {split: len(arrays.labels) for split, arrays in splits.items()}
     return dataset.Dataset(dataclasses.replace(description, num_examples=num_examples), splits, found)

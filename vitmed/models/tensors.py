@@ -104,8 +104,7 @@ def explained(what: str | pathlib.Path, mend: str) -> Iterator[None]:
     except (OSError, *DAMAGE) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that comes of a damaged archive, which points before its start
             raise config.InputError(f"{what}: {error.strerror or error}; name a file that can be read: {FORMATS}") from error
-        cause = "it points outside itself" if isinstance(error, OSError) else str(error)[:400] or "it ends too early"
-        cause = " ".join("".join(character if character.isprintable() else " " for character in cause).split())
+        cause = "it points outside itself" if isinstance(error, OSError) else config.one_line(error)[:400] or "it ends too early"
         raise config.InputError(f"{what}: cannot be read: {cause}; {mend}") from error
 
 

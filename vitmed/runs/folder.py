@@ -208,7 +208,9 @@ class RunFolder:
                     npz.read_header(archive, name)
                 predictions = Predictions(*(npz.read_array(archive, name) for name in Predictions._fields))
         except (*npz.DAMAGE, OSError) as error:
-            raise config_lib.InputError(f"{path} is broken: {str(error) or type(error).__name__}; restore it from a copy") from error
+            raise config_lib.InputError(
+                f"{path} is broken: {config_lib.one_line(error)[:400] or type(error).__name__}; restore it from a copy"
+            ) from error
         if fault := _predictions_fault(predictions):
             raise config_lib.InputError(f"{path} does not hold predictions: {fault}")
         return predictions
