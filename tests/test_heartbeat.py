@@ -133,6 +133,32 @@ def test_of_many_that_come_at_once_one_gets_it(tmp_path):
     assert all(f"in use by process {winner} " in line for line in said if line != "held")
 
 
+def test_of_two_that_found_it_free_the_later_has_it(tmp_path, monkeypatch):
+    """Both have looked; the second writes its name when the first has just written its own."""
+    both_looked, write_whole, held = threading.Barrier(2), heartbeat.files.write_whole, []
+
+    def write(file, data):
+        both_looked.wait(timeout=20)
+        time.sleep(0.1 if threading.current_thread().name == "later" else 0)
+        write_whole(file, data)
+
+    def want():
+        with contextlib.suppress(config.MachineError), guard.lock(tmp_path):
+            held.append(threading.current_thread().name)
+            both_done.wait(timeout=20)
+            return
+        both_done.wait(timeout=20)
+
+    both_done = threading.Barrier(2)
+    monkeypatch.setattr(heartbeat.files, "write_whole", write)
+    threads = [threading.Thread(target=want, name=name) for name in ("earlier", "later")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held == ["later"]
+
+
 def test_a_holder_that_slept_and_was_replaced_ends(tmp_path):
     with process(tmp_path) as holder:
         assert holder.stdout.readline() == "held\n"

@@ -135,7 +135,7 @@ class Checkpoints:
             troubles[step] = trouble
         if any(why != _UNSEALED for why in troubles.values()):
             raise config.InputError(f"{self._path}: no intact checkpoint ({_listed(troubles)}); move the folder away to start over")
-        if troubles:
+        if troubles and not self._read_only:
             print(f"vitmed: {self._path}: {_listed(troubles)}; starting over{self._set_aside(troubles)}", file=sys.stderr)
         return None
 
