@@ -77,6 +77,7 @@ def test_a_run_stopped_anywhere_and_continued_has_identical_bytes(small_config, 
         assert again.measured == whole.measured
 
 
+@pytest.mark.slow
 def test_a_run_stopped_again_and_again_has_identical_bytes_and_every_epoch_once(small_config, tmp_path):
     cfg = small_config(eval__batch_size="200")  # one batch each
     start(cfg, tmp_path / "whole", steps_per_chunk=1)
@@ -176,6 +177,17 @@ def test_a_run_refuses_to_go_on_with_other_data(small_config, tmp_path):
         start(cfg, tmp_path / "run", signals=StopAt(1), dataset=dataclasses.replace(phantom, md5="aaa"))
     with pytest.raises(config.InputError, match=r"MD5 bbb.*began with aaa"):
         start(cfg, tmp_path / "run", dataset=dataclasses.replace(phantom, md5="bbb"))
+
+
+def test_a_set_of_one_class_trains_and_what_is_undefined_is_null(small_config, tmp_path, capsys):
+    cfg = small_config(train__epochs="1", seeds="0")
+    phantom = experiment.plan(cfg).load()
+    splits = {name: sources.Split(split.images, np.ones_like(split.labels)) for name, split in phantom.splits.items()}
+    outcome = start(cfg, tmp_path, dataset=dataclasses.replace(phantom, splits=splits))
+    assert outcome.measured["test"]["auc"] == [None]
+    assert outcome.measured["test"]["accuracy"][0] is not None
+    assert outcome.failed_seeds == []
+    assert "vitmed: test: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["multi-class", "multi-label", "ordinal"])
