@@ -125,7 +125,7 @@ OF_OTHERS = {
 def fuzz(watch, path, wholes, reader, capsys):
     """Give the reader INPUTS damaged files at that path; print how they were taken, also where one was not."""
     rng = random.Random(zlib.crc32(path.name.encode()) + SEED)
-    before = (watch.accepted, watch.refused)
+    before = (watch.accepted, watch.refused)  # Watch.read asserts what must hold of each input
     for whole_file in wholes:
         path.write_bytes(whole_file)
         reader(path)
