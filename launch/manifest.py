@@ -81,7 +81,7 @@ def alone(manifest: Manifest, names: Sequence[str]) -> Manifest:
 
 
 def task_command(python: str, *, manifest: str, workdir: str, task: int | str) -> list[str]:
-    """What runs a task on its machine, in the checkout: `task` is its number, a shell's word such as $N, or all; paths as they are there."""
+    """What runs a task on its machine, in the checkout: `task` is its number, a shell's word such as $N, or all; paths as seen there."""
     return [python, "-m", "launch.task", f"--manifest={manifest}", f"--workdir={workdir}", f"--task={task}"]
 
 

@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import rich.table
 
 from vitmed import budget, cli, experiment, forecast
 from vitmed import config as config_lib
-from vitmed.runs import checkpoint, folder, machine
+from vitmed.runs import checkpoint, folder, guard, machine
 from vitmed.study import points, tables
 
 COLUMNS = ("point", "tokens", "GMACs / image", "memory", "state")
@@ -49,9 +49,10 @@ class Sweep:
     entries: Sequence[Entry]
 
 
-def read(spec: str, overrides: Mapping[str, str], *, selection: str | None, root: pathlib.Path | None) -> Sweep:
-    """The sweep of a config file with its points' folders below `root`, if any; `selection` is the expression of --points.
+def read(spec: str, overrides: Mapping[str, str], *, selection: str | Collection[str] | None, root: pathlib.Path | None) -> Sweep:
+    """The sweep of a config file with its points' folders below `root`, if any.
 
+    `selection` is the expression of --points, or names of points in the order in which they shall run; None for all.
     InputError where a point has a fault, an override sets what the sweep varies or a folder belongs to another run. No pretrained weights
     are looked for.
     """
@@ -63,13 +64,25 @@ def read(spec: str, overrides: Mapping[str, str], *, selection: str | None, root
     for field in sorted((varied | points.named(every)) & overrides.keys()):
         raise config_lib.InputError(f"--config.{field}: the sweep sets it; leave it out, or run one point without --sweep")
     entries = []
-    for point in every if selection is None else points.selected(every, selection):
+    for point in _chosen(every, selection):
         config = config_lib.load(f"{path}:{point.argument}", overrides)
         run_folder = None if root is None else folder.RunFolder(root / point.name)
         result = run_folder and experiment.finished(config, run_folder)
         recorded = run_folder and experiment.recorded_network(run_folder)
         entries.append(Entry(point, run_folder, forecast.outline(config, recorded), result))
     return Sweep(path, overrides, every, entries)
+
+
+def _chosen(every: Sequence[points.Point], selection: str | Collection[str] | None) -> Sequence[points.Point]:
+    if selection is None:
+        return every
+    if isinstance(selection, str):
+        return points.selected(every, selection)
+    there = {point.name: point for point in every}
+    for name in selection:
+        if name not in there:
+            raise config_lib.InputError(f"{name}: the sweep has no such point; {config_lib.nearest(name, there)}")
+    return [there[name] for name in selection]
 
 
 # --- what there is to do --------------------------------------------------------------------------------------------------------
@@ -147,11 +160,17 @@ def check(sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep) -> int:
+    """Check all points, then run them; see `run_each`."""
+    check(sweep)
+    return run_each(sweep)
+
+
+def run_each(sweep: Sweep) -> int:
     """Run the points that are not finished and print the table of all results; the exit status: 1 where something has failed.
 
-    Each point has a process of its own: its memory is its own, and what breaks one leaves the others.
+    Each point has a process of its own: its memory is its own, and what breaks one leaves the others. A point whose folder another process
+    holds is left to that one and is no failure of the point.
     """
-    check(sweep)
     results = [entry.result for entry in sweep.entries]
     faults: dict[str, str] = {}
     if any(results):
@@ -159,13 +178,16 @@ def run(sweep: Sweep) -> int:
     for index, entry in enumerate(sweep.entries):
         if results[index] is not None:
             continue
+        if fault := _held(entry.run_folder):
+            faults[entry.name] = fault
+            continue
         print(f"vitmed: {entry.name}, {index + 1} of {len(sweep.entries)}", file=sys.stderr)
         given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
         given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
         status, said = run_apart([sys.executable, "-m", "vitmed.main", *given])
         results[index] = entry.run_folder.read_result()
         if results[index] is None:
-            faults[entry.name] = _record(entry.run_folder, status, said)
+            faults[entry.name] = _held(entry.run_folder) or _record(entry.run_folder, status, said)
         _say_progress(sweep.entries, results, faults)
     if any(results):
         named = {entry.name: result for entry, result in zip(sweep.entries, results, strict=True) if result}
@@ -176,6 +198,12 @@ def run(sweep: Sweep) -> int:
     if faults:
         print(f"vitmed: {len(faults)} of {len(sweep.entries)} points failed, or have failed seeds", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _held(run_folder: folder.RunFolder) -> str | None:
+    """Say who else has the folder of a point; None where nobody does."""
+    holder = guard.holder(run_folder.path)
+    return holder and f"{run_folder.path} is in use by {holder}; left to it"
 
 
 def _record(run_folder: folder.RunFolder, status: int, said: str) -> str:

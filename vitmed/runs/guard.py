@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ from vitmed.runs import heartbeat
 LOCK_NAME = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # EACCES: NFS, which makes flock a POSIX lock
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+ASKING_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -48,10 +50,35 @@ def lock(path: str | os.PathLike) -> Iterator[None]:
         os.close(descriptor)  # the file stays: removing it would let two processes lock two files of one name
 
 
+def holder(path: str | os.PathLike) -> str | None:
+    """Who holds a run folder, by the words in its lock; None where nobody does or there is no folder. Waits for nothing, writes nothing."""
+    folder = pathlib.Path(path)
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that several may ask
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        return None
+    except OSError as error:
+        if error.errno in HELD:
+            return heartbeat.signed_by(os.pread(descriptor, 4096, 0))
+        if error.errno not in UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):  # by this machine's clock, which is good enough to tell people: who locks looks closer
+        beat = folder / heartbeat.NAME
+        if time.time() - beat.stat().st_mtime < heartbeat.STALE_SECONDS:
+            return heartbeat.signed_by(beat.read_bytes())
+    return None
+
+
 def _try_lock(descriptor: int, *, folder: pathlib.Path) -> bool:
     """Take the lock; False where the file system has none, MachineError where another process holds it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_now(descriptor)
     except OSError as error:
         if error.errno in UNSUPPORTED:
             return False
@@ -63,6 +90,18 @@ def _try_lock(descriptor: int, *, folder: pathlib.Path) -> bool:
             signed = b""
         raise heartbeat.in_use(folder, signed) from error
     return True
+
+
+def _lock_now(descriptor: int) -> None:
+    """Take the lock, or raise after ASKING_SECONDS: who only asks, in `holder`, has it for less."""
+    deadline = time.monotonic() + ASKING_SECONDS
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in HELD or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _sign(descriptor: int) -> None:
