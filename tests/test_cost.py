@@ -261,3 +261,52 @@ def test_the_attention_matrix_is_what_small_patches_cost():
     kept = {p: cost.activations_per_example(**vit((28, 28), (p, p), width=192, num_heads=3)) for p in (4, 1)}
     assert kept[4].attention_weights < 0.05 * sum(kept[4])
     assert kept[1].attention_weights > 0.4 * sum(kept[1])
+
+
+def test_what_a_step_computes_again():
+    assert cost.training_gmacs(linear=2.0, attention=1.0) == 3 * 2 + 3
+    assert cost.training_gmacs(linear=2.0, attention=1.0, keeps_weights=False) == 3 * 2 + 3.5
+    assert cost.training_gmacs(linear=2.0, attention=1.0, remat="attention") == 3 * 2 + 4
+    assert cost.training_gmacs(linear=2.0, attention=1.0, remat="blocks", keeps_weights=False) == 4 * 2 + 4.5
+
+
+@pytest.mark.parametrize("pooled", [None, 1])
+def test_attentions_part_is_what_grows_with_the_square_of_the_tokens(pooled):
+    """Doubling the tokens doubles all else, but for the head: 4 a + 2 l - 2 (a + l) = 2 a, and of one query 2 a - 2 a = 0."""
+    few, many = (
+        cost.gmacs_forward(**vit((size,), (1,), width=192), num_classes=0, num_prefix_tokens=0, num_pooled_tokens=pooled)
+        for size in (50, 100)
+    )
+    blocks = 12 if pooled is None else 11  # the last one's attention of a single query grows as its linear layers do
+    expected = cost.attention_gmacs(num_tokens=50, width=192, depth=blocks)
+    of_one_query = 0 if pooled is None else 192 * (192 + 8 * 192) / 1e9  # which is there once, however many tokens
+    assert many - 2 * few == pytest.approx(2 * expected - of_one_query, rel=1e-9)
+
+
+def test_attention_at_262145_tokens_by_hand():
+    """N^2 = 2^36 + 2^19 + 1 = 68,720,001,025; times 192 channels and two products 26.4 TMAC a block, 12 of them 6.33e14 FLOP."""
+    assert cost.num_tokens((64, 64, 64), (1, 1, 1)) == 262_145
+    gmacs = cost.attention_gmacs(num_tokens=262_145, width=192, depth=12)
+    assert gmacs == pytest.approx(12 * 2 * 192 * 68_720_001_025 / 1e9, rel=1e-12)
+    assert 2e9 * gmacs == pytest.approx(6.333e14, rel=1e-4)
+
+
+def test_bytes_of_collectives_by_hand():
+    assert cost.gathered_bytes(100, 4) == 75  # each has a quarter and receives three
+    assert cost.summed_bytes(100, 4) == 150
+    assert cost.gathered_bytes(100, 1) == cost.summed_bytes(100, 1) == 0
+
+
+def test_communication_of_a_step_by_hand():
+    step = {"num_params": 10**6, "num_tokens": 5, "width": 8, "depth": 3, "batch_size": 16}
+    assert cost.communication(**step) == (0, 0, 0)
+    assert cost.communication(**step, data=4) == (2 * 3 / 4 * 4e6, 0, 0)
+    assert cost.communication(**step, fsdp=4) == (0, 3 * 3 / 4 * 4e6, 0)
+    # 5 tokens are filled up to 6; keys and values of a block 2 x 16 x 6 x 8 numbers of 4 bytes, half of them from the other device.
+    assert cost.communication(**step, sequence=2) == (2 * 1 / 2 * 4e6, 0, 3 * 2 * 6144 / 2)
+    assert cost.communication(**step, sequence=2, recomputed=True).tokens == 3 * 3 * 6144 / 2
+    assert cost.communication(**step, sequence=2, bytes_per_activation=2).tokens == 3 * 2 * 3072 / 2
+    # Together: a device's part of the parameters is 1e6 bytes, summed over 2 x 2; a batch of 16 / (2 x 4) = 2 images.
+    mixed = {"data": 2, "fsdp": 4, "sequence": 2}
+    assert cost.communication(**step, **mixed) == (2 * 3 / 4 * 1e6, 3 * 3 / 4 * 4e6, 3 * 2 * 768 / 2)
+    assert cost.communication(**step, **mixed, num_runs=3) == tuple(3 * part for part in cost.communication(**step, **mixed))

@@ -219,3 +219,78 @@ def step_seconds(*, gmacs_forward: float, num_params: int, batch_size: int, num_
     # An AdamW step reads and writes about eight arrays of the parameters' size.
     memory = 8 * BYTES_OF_A_PARAMETER * num_params * num_runs / PARAMETER_BYTES_PER_SECOND
     return arithmetic + memory
+
+
+# --- many devices ---------------------------------------------------------------------------------------------------------------
+
+
+def attention_gmacs(*, num_tokens: int, width: int, depth: int, num_pooled_tokens: int | None = None) -> float:
+    """Return the part of `gmacs_forward` that is attention itself, 2 N^2 D a block; in the last one only for the pooled tokens' queries."""
+    queries = depth * num_tokens - (0 if num_pooled_tokens is None else num_tokens - num_pooled_tokens)
+    return 2 * queries * num_tokens * width / 1e9
+
+
+def training_gmacs(*, linear: float, attention: float, remat: str = "none", keeps_weights: bool = True) -> float:
+    """Return 1e9 multiply-accumulates of one example's forward and backward pass, from those forward in linear layers and in attention.
+
+    The backward pass has two products for each of the forward one's. Attention that keeps no weights computes its scores, half of its
+    forward pass, again (arXiv 2205.14135); `remat` computes attention or the whole blocks once more besides.
+    """
+    again = {"none": (0, 0), "attention": (0, 1), "blocks": (1, 1)}[remat]
+    return (3 + again[0]) * linear + (3 + again[1] + (0 if keeps_weights else 0.5)) * attention
+
+
+def gathered_bytes(size: float, devices: int) -> float:
+    """Return the bytes each device receives where all gather an array of `size` bytes split over them: (p - 1) / p size.
+
+    As many where an array of that size is summed over them into split ones (reduce-scatter). Both in a ring, the least there can be
+    (Chan et al., Collective communication: theory, practice, and experience, 2007).
+    """
+    return (devices - 1) / devices * size
+
+
+def summed_bytes(size: float, devices: int) -> float:
+    """Return the bytes each device receives where an array of `size` bytes is summed over them, whole everywhere: 2 (p - 1) / p size.
+
+    A reduce-scatter and a gather (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
+    """
+    return 2 * gathered_bytes(size, devices)
+
+
+class Communication(NamedTuple):
+    """Bytes that each device receives in a step, by what they are: gradients summed, parameters split over fsdp, keys and values."""
+
+    gradients: float
+    parameters: float
+    tokens: float
+
+
+def communication(
+    *,
+    num_params: int,
+    num_tokens: int,
+    width: int,
+    depth: int,
+    batch_size: int,
+    data: int = 1,
+    fsdp: int = 1,
+    sequence: int = 1,
+    num_runs: int = 1,
+    recomputed: bool = False,
+    bytes_per_activation: int = 4,
+) -> Communication:
+    """Return what a step of `batch_size` images of each of the runs computed at once receives on each device of a mesh.
+
+    Gradients: those of a device's part of the parameters are summed over `data`, and over `sequence`, since each of its devices has those
+    of its tokens. Parameters: gathered over `fsdp` in the forward and in the backward pass, their gradients reduce-scattered (arXiv
+    1910.02054). Tokens: every block gathers keys and values, 2 B N D numbers, over `sequence`, again in the backward pass where blocks are
+    `recomputed`, and reduce-scatters their gradients. N is filled up to a multiple of `sequence`.
+    """
+    params = num_params * BYTES_OF_A_PARAMETER * num_runs
+    filled = num_tokens + -num_tokens % sequence
+    keys_and_values = 2 * batch_size / (data * fsdp) * num_runs * filled * width * bytes_per_activation
+    return Communication(
+        gradients=summed_bytes(params / fsdp, data * sequence),
+        parameters=3 * gathered_bytes(params, fsdp),
+        tokens=depth * (2 + recomputed) * gathered_bytes(keys_and_values, sequence),
+    )
