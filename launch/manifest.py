@@ -93,10 +93,15 @@ def report_command(python: str, *, workdir: str) -> list[str]:
 # --- the file -------------------------------------------------------------------------------------------------------------------
 
 
+def text(manifest: Manifest) -> str:
+    """The file's text."""
+    return files.json_bytes({"version": VERSION, **dataclasses.asdict(manifest)}).decode()
+
+
 def write(manifest: Manifest, workdir: pathlib.Path) -> None:
     """Write DIR/manifest.json, whole or not at all."""
     files.make_folder(workdir)
-    files.write_whole(workdir / FILE_NAME, files.json_bytes({"version": VERSION, **dataclasses.asdict(manifest)}))
+    files.write_whole(workdir / FILE_NAME, text(manifest).encode())
 
 
 def read(path: pathlib.Path) -> Manifest:
