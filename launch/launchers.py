@@ -1,0 +1,100 @@
+"""What the engines share that hand a sweep to somebody else's command: names, checks of flags, and asking that command."""
+
+import argparse
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from vitmed import config as config_lib
+
+LONGEST_NAME = 30  # leaves room for what launchers append: theirs end at 63
+
+
+def sweep_name(workdir: str) -> str:
+    """The sweep's name for a launcher, [a-z][a-z0-9-]*: its folder's, with some characters of a hash where that needed changes."""
+    folder = pathlib.PurePath(workdir).name
+    name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
+    if name != folder or len(name) > LONGEST_NAME or not name[:1].isalpha():
+        name = f"run-{name[: LONGEST_NAME - 11]}".strip("-") + f"-{digest(folder)[:6]}"
+    return name
+
+
+def digest(*values: Any) -> str:
+    """A hash of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def add_mount(group: argparse._ArgumentGroup) -> None:
+    """The flag that says where machines of a cloud find the shared folder."""
+    text = "where the machines mount what they share; --workdir must be below it, data are looked for in DIR/data (default: /share)"
+    group.add_argument("--mount", default="/share", metavar="DIR", help=text)
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """The variables by which vitmed and the Hugging Face library find data and weights in the shared folder."""
+    return {"VITMED_DATA": f"{options.mount}/data", "VITMED_WEIGHTS": f"{options.mount}/weights", "HF_HOME": f"{options.mount}/huggingface"}
+
+
+def require_mount(options: argparse.Namespace) -> None:
+    """InputError where the machines could not see the sweep's folder."""
+    require_match("--mount", options.mount, r"(/[\w.-]+)+", "/share")
+    require_match("--workdir", options.workdir, r"(/[\w. -]+)+", f"{options.mount}/runs/study")
+    if pathlib.PurePath(options.mount) not in pathlib.PurePath(options.workdir).parents:
+        example = f"{options.mount}/runs/{pathlib.PurePath(options.workdir).name}"
+        raise config_lib.InputError(
+            f"--workdir={config_lib.one_line(options.workdir)}: is not below --mount={options.mount}, all that the machines share; write "
+            f"--workdir={example}, or another --mount"
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines, which are scripts and files here, as they are."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def as_yaml(*documents: Any) -> str:
+    """YAML documents, their keys in the order given."""
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def require_given(flag: str, value: str | None, example: str) -> None:
+    """InputError where a flag without a default is not given."""
+    if not value:
+        raise config_lib.InputError(f"{flag}: is not given and has no default; write {flag}={example}")
+
+
+def require_match(flag: str, value: str, pattern: str, example: str) -> None:
+    """InputError where a flag's value is not of this form: a launcher would refuse it later, or read it as something else."""
+    if not re.fullmatch(pattern, value):
+        raise config_lib.InputError(f"{flag}={config_lib.one_line(value)}: must be of the form of {example}")
+
+
+def require_command(command: str, *, engine: str, install: str) -> None:
+    """InputError where the launcher's command is not installed."""
+    if shutil.which(command) is None:
+        raise config_lib.InputError(
+            f"--to={engine}: there is no {command} on this machine; {install}, or give --dry-run to see what would be submitted"
+        )
+
+
+def ask(command: Sequence[str]) -> str:
+    """The command's output; MachineError with the last line that it complained of where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
+    if done.returncode:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        complaint = config_lib.one_line(said[-1]) if said else "it said nothing"
+        raise config_lib.MachineError(f"{' '.join(command[:3])} ended with exit status {done.returncode}: {complaint}")
+    return done.stdout
