@@ -82,9 +82,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.eval.batch_size = 64  # images
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices over which a batch is split; -1: those that fsdp leaves
+    config.mesh.data = -1  # devices over which a batch is split; -1: those that the others leave, as far as they divide the batches
     config.mesh.fsdp = 1  # devices over which parameters and optimiser state are split
-    config.mesh.sequence = 1  # devices over which the tokens of one image are split: 1 in this version
+    config.mesh.sequence = 1  # devices over which the tokens of an image are split, for long volumes
     return config
 
 

@@ -19,7 +19,8 @@ def parts(planned: planning.Experiment, device: machine.Device) -> int:
     """Over how many devices a batch is split."""
     config, fsdp = planned.config, max(1, planned.config.mesh.fsdp)
     batch_sizes = (config.train.batch_size, config.eval.batch_size)
-    return fsdp * sharding.data_parts(device.count, data=config.mesh.data, fsdp=fsdp, batch_sizes=batch_sizes)
+    axes = {"data": config.mesh.data, "fsdp": fsdp, "sequence": config.mesh.sequence}
+    return fsdp * sharding.data_parts(device.count, **axes, batch_sizes=batch_sizes)
 
 
 def micro_batch_size(planned: planning.Experiment, device: machine.Device) -> int:
@@ -59,15 +60,19 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
     activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
-    split = parts(planned, device)
+    split, sequence = parts(planned, device), max(1, config.mesh.sequence)
+    # Of a block's keys and values every device has those of all tokens, of everything else its share.
+    gathered = 2 * planned.num_tokens * architecture.width if sequence > 1 else 0
+    activations = cost.Activations(*(math.ceil(numbers / sequence) for numbers in activations))
+    activations = activations._replace(linear=activations.linear + gathered)
     params = math.ceil(cost.num_params(**shape) / max(1, config.mesh.fsdp))
     images = images or micro_batch_size(planned, device)
     whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
     least, likely = cost.training_memory(
         num_params=params,
         activations=activations if keeps else activations._replace(attention_weights=0),
-        block_attention_weights=architecture.num_heads * planned.num_tokens**2 if keeps else 0,
-        num_tokens=planned.num_tokens,
+        block_attention_weights=architecture.num_heads * planned.num_tokens**2 // sequence if keeps else 0,
+        num_tokens=math.ceil(planned.num_tokens / sequence),
         width=architecture.width,
         batch_size=max(1, images // split),
         eval_batch_size=max(1, config.eval.batch_size // split),

@@ -18,7 +18,7 @@ from vitmed import network as networks
 from vitmed.data import pipeline, sources
 from vitmed.models import attention, build, exported, inputs
 from vitmed.runs import checkpoint, folder, guard, machine
-from vitmed.training import loop, optim, programs, tasks
+from vitmed.training import loop, optim, programs, sharding, tasks
 
 Experiment, plan = planning.Experiment, planning.plan
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
@@ -46,7 +46,8 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
     """What the device programs are made of."""
     config, description, network = experiment.config, experiment.description, experiment.network
     device = machine.device()
-    platform = device.platform
+    platform, mesh = device.platform, experiment.mesh
+    local = attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens)
     model = build.model(
         network.architecture,
         patch_size=experiment.patch_size,
@@ -54,8 +55,9 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         num_classes=description.num_classes,
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
-        attention=attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens),
+        attention=sharding.attention(mesh, local, num_tokens=experiment.num_tokens),
         remat=budget.remat(experiment, device),
+        token_multiple=mesh.shape["sequence"],
     )
     train = config.train
     return programs.Recipe(
@@ -74,7 +76,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         ),
         augmentation=experiment.augmentation,
         seeds=experiment.seeds,
-        mesh=experiment.mesh,
+        mesh=mesh,
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=platform == "cpu",
         micro_batch_size=budget.micro_batch_size(experiment, device),

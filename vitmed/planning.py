@@ -31,11 +31,12 @@ class Experiment:
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         """The devices; InputError where they do not suffice or a batch does not divide over them. The first use takes hold of them."""
-        config = self.config
-        config_lib.require(config.mesh.sequence == 1, "mesh.sequence", config.mesh.sequence, "1: this version splits no image's tokens")
+        config, sequence = self.config, self.config.mesh.sequence
+        config_lib.require(sequence <= self.num_tokens, "mesh.sequence", sequence, f"at most {self.num_tokens}, the tokens of an image")
+        axes = {"fsdp": config.mesh.fsdp, "sequence": sequence}
         batch_sizes = (config.train.batch_size, config.eval.batch_size)
-        data = sharding.data_parts(jax.device_count(), data=config.mesh.data, fsdp=config.mesh.fsdp, batch_sizes=batch_sizes)
-        mesh = sharding.make_mesh(data=data, fsdp=config.mesh.fsdp)
+        data = sharding.data_parts(jax.device_count(), data=config.mesh.data, **axes, batch_sizes=batch_sizes)
+        mesh = sharding.make_mesh(data=data, **axes)
         sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
         sharding.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
         sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)

@@ -89,6 +89,7 @@ def model(
     attention: attentions.Attention = attentions.plain,
     scanned: bool = False,
     remat: str = "none",
+    token_multiple: int = 1,
 ) -> vit.ViT:
     """The linen module; patch and kernel size have one entry per axis of the image, and no kernel size is the patch's."""
     return vit.ViT(
@@ -101,6 +102,7 @@ def model(
         attention=attention,
         scanned=scanned,
         remat=remat,
+        token_multiple=token_multiple,
     )
 
 

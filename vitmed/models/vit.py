@@ -83,7 +83,8 @@ class ViT(nn.Module):
     those of `build.Architecture`, which says what they mean. Fresh parameters are drawn as timm draws them.
 
     `scanned` compiles one block and loops over the blocks' parameters; `remat` (one of REMATS) says what the backward pass computes again
-    instead of keeping it. Neither changes what is computed, nor the parameters' names.
+    instead of keeping it. Within the blocks tokens are filled up to a multiple of `token_multiple`, for an `attention` that needs it and
+    leaves the fillers out. None of these changes what is computed, nor the parameters' names.
     """
 
     patch_size: tuple[int, ...]
@@ -106,6 +107,7 @@ class ViT(nn.Module):
     attention: attentions.Attention = attentions.plain
     scanned: bool = False
     remat: str = "none"
+    token_multiple: int = 1
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -141,6 +143,9 @@ class ViT(nn.Module):
                 tokens = self.block(name=name)(tokens)
             return tokens
         block = self.block(parent=None)
+        num_tokens = tokens.shape[1]
+        if fillers := -num_tokens % self.token_multiple:
+            tokens = jnp.pad(tokens, ((0, 0), (0, fillers), (0, 0)))
 
         # Jitted, so that all blocks but the last are traced, differentiated and lowered as one: half of the time before XLA begins.
         @functools.partial(jax.jit, static_argnums=3)
@@ -153,7 +158,7 @@ class ViT(nn.Module):
             tokens = self._scan(apply, parts[:looped], tokens)
         for index, part in list(enumerate(parts))[looped:]:
             tokens = apply(part[0], tokens, part[1], num_queries if index == len(parts) - 1 else None)
-        return tokens
+        return tokens[:, :num_tokens] if fillers else tokens
 
     @property
     def block_names(self) -> list[str]:

@@ -82,7 +82,8 @@ def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Bes
 def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict[str, Any]) -> tuple[Callable[..., Any], float]:
     """Compile the training program for batches [R, K, B, ...] of these shapes: (program, seconds it took).
 
-    The program takes (state, batches, num_steps, resident), gives (state, losses [R, K]) and consumes the state it is given.
+    The program takes (state, batches, num_steps, resident), gives (state, losses [R, K]) and consumes the state it is given; `memory` on it
+    is XLA's own account of the bytes that it takes of a device.
     """
     train_step = functools.partial(
         step.train_step,
@@ -109,6 +110,7 @@ def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict
     def program(state: step.TrainState, batches: Any, num_steps: int, resident: Any) -> tuple[step.TrainState, jax.Array]:
         return compiled(state, seeds, jax.device_put(batches, split), jax.device_put(np.int32(num_steps), everywhere), resident)
 
+    program.memory = compiled.memory_analysis()
     return program, seconds
 
 

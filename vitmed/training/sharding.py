@@ -1,10 +1,12 @@
-"""Mesh and shardings, from shapes alone: the batch over `data` and `fsdp`, parameters and optimiser state over `fsdp`.
+"""Mesh and shardings, from shapes alone: batch over `data` and `fsdp`, parameters and optimiser state over `fsdp`, tokens over `sequence`.
 
-Everything is jitted over global arrays with `NamedSharding`s; models and steps name no mesh axis. On one device all of it is trivial.
+Everything is jitted over global arrays with `NamedSharding`s; models and steps name no mesh axis: where tokens are split, the model is
+handed an attention function that knows. On one device all of it is trivial.
+Shapes: `B` batch, `N` tokens, `H` heads, `d` width of a head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,35 +15,41 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vitmed import config
 
+AXES = ("data", "fsdp", "sequence")
 BATCH_AXES = ("data", "fsdp")
 # Arrays below this many elements per run are copied to every device: sharding them saves nothing and costs a gather.
 SMALLEST_SHARDED = 2**14
 
 
-def make_mesh(*, data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of data x fsdp devices; `data=-1` takes what is left. InputError where the devices do not suffice or divide."""
+def make_mesh(*, data: int, fsdp: int, sequence: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of data x fsdp x sequence devices; `data=-1` takes what is left. InputError where the devices do not suffice or divide."""
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    if fsdp < 1 or (data != -1 and data < 1):
-        raise config.InputError(f"mesh.data={data}, mesh.fsdp={fsdp}: must be positive (mesh.data=-1 takes the devices that are left)")
+    if min(fsdp, sequence) < 1 or (data != -1 and data < 1):
+        given = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.sequence={sequence}"
+        raise config.InputError(f"{given}: must be positive (mesh.data=-1 takes the devices that are left)")
     if data == -1:
-        if count % fsdp:
-            allowed = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-            raise config.InputError(f"mesh.fsdp={fsdp} does not divide the {count} devices; choose one of {allowed}")
-        data = count // fsdp
-    if data * fsdp > count:
-        raise config.InputError(f"mesh.data={data} times mesh.fsdp={fsdp} needs {data * fsdp} devices, there are {count}; lower one")
-    shape = (data, fsdp)
+        for name, parts, left in (("fsdp", fsdp, count), ("sequence", sequence, count // fsdp)):
+            if left < 1 or left % parts:
+                allowed = ", ".join(str(n) for n in range(1, max(1, left) + 1) if left % n == 0)
+                beside = f" that mesh.fsdp={fsdp} leaves" if name == "sequence" and fsdp > 1 else ""
+                raise config.InputError(f"mesh.{name}={parts} does not divide the {left} devices{beside}; choose one of {allowed}")
+        data = count // (fsdp * sequence)
+    shape = (data, fsdp, sequence)
+    needed = math.prod(shape)
+    if needed > count:
+        named = " times ".join(f"mesh.{name}={size}" for name, size in zip(AXES, shape, strict=True) if size > 1)
+        raise config.InputError(f"{named} needs {needed} devices, there are {count}; lower one")
     # Auto axes: XLA's partitioner places what is inside; Explicit ones (the default) refuse dropout and concatenation in linen.
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=np.array(devices[: math.prod(shape)]))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.array(devices[:needed]))
 
 
-def data_parts(num_devices: int, *, data: int, fsdp: int, batch_sizes: Sequence[int]) -> int:
-    """`data`; for -1 as many of the devices that fsdp leaves as divide all batches, so that the defaults run on any number of them."""
+def data_parts(num_devices: int, *, data: int, fsdp: int, sequence: int = 1, batch_sizes: Sequence[int]) -> int:
+    """`data`; for -1 as many of the devices that the others leave as divide all batches, so that the defaults run on any number of them."""
     if data != -1:
         return data
-    fsdp = max(1, fsdp)
-    most, common = max(1, num_devices // fsdp), math.gcd(*batch_sizes) // fsdp
+    fsdp, sequence = max(1, fsdp), max(1, sequence)
+    most, common = max(1, num_devices // (fsdp * sequence)), math.gcd(*batch_sizes) // fsdp
     return next((number for number in range(most, 0, -1) if common % number == 0), 1)
 
 
@@ -80,3 +88,33 @@ def state(mesh: Mesh, shapes: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == widest + 1 else None for axis in range(len(leaf.shape)))))
 
     return jax.tree.map(of, shapes)
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def attention(mesh: Mesh, local: Attention, *, num_tokens: int) -> Attention:
+    """`local` attention (q, k, v [B, N, H, d]) with N split over `sequence`: each device has its queries and gathers keys and values.
+
+    The model fills its tokens up to a multiple of the axis; keys and values beyond `num_tokens` are cut off once gathered, so that nobody
+    attends to fillers, and what becomes of fillers as queries nobody looks at. Queries that do not divide (CLS alone, in the last block)
+    are computed on every device of the axis. Keys of another number of tokens (a pooling's) are not split.
+    """
+    parts = mesh.shape["sequence"]
+    filled = num_tokens + -num_tokens % parts
+    if parts == 1:
+        return local
+
+    def gathering(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (jax.lax.all_gather(part, "sequence", axis=1, tiled=True)[:, :num_tokens] for part in (k, v))
+        return local(q, k, v)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        if k.shape[1] != filled:
+            return local(q, k, v)
+        split = PartitionSpec(BATCH_AXES, "sequence")
+        of_queries = split if q.shape[1] == filled else PartitionSpec(BATCH_AXES)
+        # Replication is not checked: that every device of the axis computes the same for a lone query is not what JAX can infer.
+        return jax.shard_map(gathering, mesh=mesh, in_specs=(of_queries, split, split), out_specs=of_queries, check_vma=False)(q, k, v)
+
+    return attend
