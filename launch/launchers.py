@@ -3,10 +3,13 @@
 import argparse
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,3 +101,27 @@ def ask(command: Sequence[str]) -> str:
         complaint = config_lib.one_line(said[-1]) if said else "it said nothing"
         raise config_lib.MachineError(f"{' '.join(command[:3])} ended with exit status {done.returncode}: {complaint}")
     return done.stdout
+
+
+def run_script(script: pathlib.Path) -> None:
+    """Run a rendered script under bash, what it prints on stderr; MachineError where it fails, Stopped after a signal.
+
+    A signal is passed on: what a script does at its end, such as giving a machine back, it does then as well.
+    """
+    with subprocess.Popen(["bash", str(script)], stdout=sys.stderr, stdin=subprocess.DEVNULL, start_new_session=True) as process:
+        received: list[int] = []
+
+        def forward(signum: int, _: object) -> None:
+            received.append(signum)
+            os.killpg(process.pid, signal.SIGTERM)  # what the script waits for as well: until that ends bash does nothing
+
+        former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        try:
+            status = process.wait()
+        finally:
+            for signum, handler in former.items():
+                signal.signal(signum, handler)
+    if received:
+        raise config_lib.Stopped(signal.SIGINT if signal.SIGINT in received else signal.SIGTERM)
+    if status:
+        raise config_lib.MachineError(f"{script} ended with exit status {status}; what it said stands above")
