@@ -127,9 +127,9 @@ def point_of(entry: sweep.Entry) -> manifest_lib.Point:
     return manifest_lib.Point(entry.name, entry.point.argument, gmacs, forecast.seconds(planned))
 
 
-def merged(asked: sweep.Sweep, pack: float | None, workdir: pathlib.Path) -> manifest_lib.Manifest:
-    """The manifest in the folder with what was asked for added, or a new one; InputError where the folder holds another sweep."""
-    found = [point_of(entry) for entry in asked.entries]
+def merged(asked: sweep.Sweep, entries: Sequence[sweep.Entry], *, pack: float | None, workdir: pathlib.Path) -> manifest_lib.Manifest:
+    """The manifest in the folder with these entries added, or a new one; InputError where the folder holds another sweep."""
+    found = [point_of(entry) for entry in entries]
     former = there(workdir)
     if former is None:
         pack = manifest_lib.PACK if pack is None else pack
@@ -168,9 +168,10 @@ def submit(flags: argparse.Namespace, overrides: Mapping[str, str], *, workdir: 
     place = workdir / "launch" / flags.to
     files.check_folder(place, f"--workdir={flags.workdir}")
     asked = sweep.read(flags.config, overrides, selection=flags.points, root=workdir)
-    manifest = merged(asked, pack, workdir)
     states = {entry.name: status.of(entry.run_folder) for entry in asked.entries}
     wanted = [name for name, state in states.items() if state.word == (status.FAILED if flags.retry else status.WAITING)]
+    entries = [entry for entry in asked.entries if entry.name in wanted] if flags.retry else asked.entries
+    manifest = merged(asked, entries, pack=pack, workdir=workdir)
     if flags.retry:
         manifest = manifest_lib.alone(manifest, wanted)
     tasks = tuple(number for number, names in enumerate(manifest.tasks) if set(names) & set(wanted))
