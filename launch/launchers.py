@@ -94,12 +94,12 @@ def require_command(command: str, *, engine: str, install: str) -> None:
 
 
 def ask(command: Sequence[str]) -> str:
-    """The command's output; MachineError with the last line that it complained of where it fails."""
+    """The command's output; MachineError with the line that it complained in where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        complaint = config_lib.one_line(said[-1]) if said else "it said nothing"
-        raise config_lib.MachineError(f"{' '.join(command[:3])} ended with exit status {done.returncode}: {complaint}")
+        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["it said nothing"]
+        complaint = next((line for line in said if "error" in line.lower()), said[-1])
+        raise config_lib.MachineError(f"{' '.join(command[:3])}: exit status {done.returncode}: {config_lib.one_line(complaint)}")
     return done.stdout
 
 

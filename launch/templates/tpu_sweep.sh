@@ -43,7 +43,8 @@ get_machine() {
 }
 
 set_up() {
-    tar --create --gzip --file=vitmed.tgz --directory="$CHECKOUT" vitmed configs launch pyproject.toml requirements.lock README.md LICENSE &&
+    tar --create --gzip --exclude=__pycache__ --file=vitmed.tgz --directory="$CHECKOUT" \
+        vitmed configs launch pyproject.toml requirements.lock README.md LICENSE &&
         gcloud compute tpus tpu-vm scp vitmed.tgz worker.sh "$MANIFEST" "$NAME:" --zone="$ZONE" --quiet --worker=all &&
         on_workers all setup
 }
