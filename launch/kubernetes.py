@@ -29,6 +29,7 @@ MANIFEST_FOLDER = "/etc/vitmed"
 PORT = 8476
 GRACE = 120  # seconds for a step, a checkpoint and its seal after SIGTERM
 CRASHES = 3
+STOPPED = [75, 143]  # by SIGTERM; 143 where it came before Python could listen
 RESTARTS = 100  # of a JobSet whose pods train together: each lost pod is one
 KEPT = 7 * 24 * 3600  # seconds for which a Job that has ended can be looked at
 USER = 1000  # of the Dockerfile
@@ -142,7 +143,7 @@ def _tasks_spec(name: str, options: argparse.Namespace) -> dict[str, Any]:
         spec["podFailurePolicy"] = {
             "rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {"action": "Ignore", "onExitCodes": {"containerName": "task", "operator": "In", "values": [75]}},
+                {"action": "Ignore", "onExitCodes": {"containerName": "task", "operator": "In", "values": STOPPED}},
                 {"action": "FailIndex", "onExitCodes": {"containerName": "task", "operator": "In", "values": [2]}},
             ]
         }

@@ -117,7 +117,7 @@ def test_a_job_has_a_pod_for_each_task_and_counts_no_preemption():
     spec, container = task_container(job)
     assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 2, "Indexed")
     actions = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in spec["podFailurePolicy"]["rules"]]
-    assert actions == [("Ignore", None), ("Ignore", [75]), ("FailIndex", [2])]
+    assert actions == [("Ignore", None), ("Ignore", [75, 143]), ("FailIndex", [2])]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert spec["template"]["spec"]["nodeSelector"] == {"a.b/c": "d"}
     assert spec["template"]["spec"]["volumes"][1]["configMap"]["name"] == config_map["metadata"]["name"]
