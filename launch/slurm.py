@@ -5,20 +5,20 @@ into the queue again, to go on from there. One that was cancelled stays cancelle
 """
 
 import argparse
-import hashlib
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 
+from launch import launchers
 from launch import manifest as manifest_lib
 from vitmed import cli
 from vitmed import config as config_lib
 
+INSTALL = "run this on a login node of the cluster, or install SLURM's commands (Debian: apt-get install slurm-client)"
 ARRAY, COLLECT = "array.sh", "collect.sh"
 TIME = r"\d+(:\d+(:\d+)?)?|\d+-\d+(:\d+(:\d+)?)?"  # sbatch --time
 # What is allowed in a flag that goes into an #SBATCH line, and words for it.
@@ -126,7 +126,7 @@ def indices(tasks: Sequence[int]) -> str:
 
 def job_name(workdir: str) -> str:
     """The array's name in the queue: of this sweep and no other."""
-    return f"vitmed-{hashlib.sha256(workdir.encode()).hexdigest()[:12]}"
+    return f"{launchers.sweep_name(workdir)}-{launchers.digest(workdir)[:8]}"
 
 
 # --- what the cluster says ------------------------------------------------------------------------------------------------------
@@ -135,10 +135,8 @@ def job_name(workdir: str) -> str:
 def require(options: argparse.Namespace) -> None:
     """InputError where SLURM is not installed, has no such partition or refuses the jobs; MachineError where it does not answer."""
     for program in ("sbatch", "squeue", "sinfo"):
-        if shutil.which(program) is None:
-            mend = "run this on a login node of the cluster, or install SLURM's commands (Debian: apt-get install slurm-client)"
-            raise config_lib.InputError(f"--to=slurm: there is no {program} here; {mend}")
-    listed = _answer(["sinfo", "--noheader", "--format=%P"]).split()
+        launchers.require_command(program, engine="slurm", install=INSTALL)
+    listed = launchers.ask(["sinfo", "--noheader", "--format=%P"]).split()
     there = [name.removesuffix("*") for name in listed]
     if options.partition is None and not any(name.endswith("*") for name in listed):
         raise config_lib.InputError(f"--partition: the cluster has no default one; choose one of {', '.join(there)}")
@@ -156,27 +154,18 @@ def require(options: argparse.Namespace) -> None:
 def queued(options: argparse.Namespace) -> frozenset[int]:
     """The array indices of this sweep that wait or run."""
     asked = ["squeue", "--noheader", "--array", f"--name={job_name(options.workdir)}", "--format=%K"]
-    return frozenset(int(index) for index in _answer(asked).split() if index.isdecimal())
+    return frozenset(int(index) for index in launchers.ask(asked).split() if index.isdecimal())
 
 
 def submit(folder: pathlib.Path, options: argparse.Namespace) -> str:
     """Submit both jobs or none."""
-    array = _answer(["sbatch", "--parsable", str(folder / ARRAY)]).strip().partition(";")[0]
+    array = launchers.ask(["sbatch", "--parsable", str(folder / ARRAY)]).strip().partition(";")[0]
     try:
-        collect = _answer(["sbatch", "--parsable", f"--dependency=afterany:{array}", str(folder / COLLECT)]).strip().partition(";")[0]
+        collect = launchers.ask(["sbatch", "--parsable", f"--dependency=afterany:{array}", str(folder / COLLECT)]).strip().partition(";")[0]
     except config_lib.MachineError:
-        _answer(["scancel", array])
+        launchers.ask(["scancel", array])
         raise
     watch = f"squeue --name={job_name(options.workdir)}; logs in {folder}"
     return (
         f"job {array} runs the tasks {indices(options.tasks)}, job {collect} makes {options.workdir}/report when they have ended; {watch}"
     )
-
-
-def _answer(command: Sequence[str]) -> str:
-    """What a command of SLURM prints; MachineError with its own words where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
-        raise config_lib.MachineError(f"{command[0]}: {said}; nothing was submitted")
-    return done.stdout

@@ -319,7 +319,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypa
     assert call(f"--config={QUICKSTART}", f"--workdir={tmp_path / 'sweep'}", "--to=slurm", *SMALL) == 2
     errors = capsys.readouterr().err
     assert len(errors.splitlines()) == 1
-    assert "there is no sbatch here; run this on a login node of the cluster, or install SLURM's commands" in errors
+    assert "there is no sbatch on this machine; run this on a login node of the cluster, or install SLURM's commands" in errors
     assert list(tmp_path.iterdir()) == []
 
 

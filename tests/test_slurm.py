@@ -19,7 +19,7 @@ from vitmed import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Long enough to be stopped in the middle.
-SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=24", "--config.train.batch_size=250", "--config.seeds=0"]
+SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=24", "--config.train.batch_size=250"]
 POINTS = ("phantom2d-patch14", "phantom2d-patch28")
 LONGEST_SECONDS = 240
 
@@ -176,5 +176,5 @@ def test_a_cluster_that_does_not_answer_is_trouble_of_the_machine(cluster, tmp_p
     done = sweep(os.environ | {"SLURM_CONF": str(conf)}, tmp_path / "sweep", *SMALL, "--gres=none")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("vitmed: sinfo: ")
+    assert done.stderr.startswith("vitmed: sinfo --noheader")
     assert not (tmp_path / "sweep").exists()
