@@ -19,6 +19,7 @@ from vitmed import cli
 from vitmed import config as config_lib
 
 INSTALL = "run this on a login node of the cluster, or install SLURM's commands (Debian: apt-get install slurm-client)"
+LEAST_MINUTES = 10  # of a time limit: in less a task would be stopped before it has compiled, again and again
 ARRAY, COLLECT = "array.sh", "collect.sh"
 TIME = r"\d+(:\d+(:\d+)?)?|\d+-\d+(:\d+(:\d+)?)?"  # sbatch --time
 # What is allowed in a flag that goes into an #SBATCH line, and words for it.
@@ -35,6 +36,7 @@ OPTIONS = {"partition": "partition", "account": "account", "time": "time", "mem"
 SCRIPT = """#!/bin/bash
 {directives}
 # Tasks of a sweep; launch/slurm.py writes this file. SIGTERM comes to this shell alone, which passes it on and waits.
+unset "${{!SLURM_STEP_@}}"  # of a step from which this was submitted
 stopped=
 child=
 trap 'stopped=1; interrupted=1; if [ -n "$child" ]; then kill -TERM "$child"; fi' TERM
@@ -77,6 +79,11 @@ def render(manifest: manifest_lib.Manifest, options: argparse.Namespace) -> dict
     for flag, (form, allowed) in FORMS.items():
         value = getattr(options, flag)
         config_lib.require(value is None or re.fullmatch(form, value) is not None, f"--{flag}", value, allowed)
+    if options.time is not None:
+        enough = minutes(options.time) == 0 or minutes(options.time) >= LEAST_MINUTES
+        config_lib.require(
+            enough, "--time", options.time, f"at least {LEAST_MINUTES} minutes: two are kept for saving the state; 0 for no limit"
+        )
     config_lib.require("\n" not in options.setup, "--setup", options.setup, "one line; join commands by &&")
     for name, path in (("--workdir", options.workdir), ("the checkout's folder", os.getcwd())):
         config_lib.require(
@@ -106,6 +113,15 @@ def _array(options: argparse.Namespace) -> dict[str, str | None]:
 
 def _collect(options: argparse.Namespace) -> dict[str, str | None]:
     return {"job-name": f"{job_name(options.workdir)}-report", **_shared(options, "%j")}
+
+
+def minutes(time: str) -> float:
+    """A time limit as sbatch reads it, in minutes: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(number) for number in rest.split(":")]
+    from_hours = dash or len(numbers) == 3
+    hours, mins, seconds = [*([] if from_hours else [0]), *numbers, 0, 0][:3]
+    return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60
 
 
 def _directives(options: dict[str, str | None]) -> str:

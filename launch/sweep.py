@@ -196,7 +196,7 @@ def submit(flags: argparse.Namespace, overrides: Mapping[str, str], *, workdir: 
         files.write_whole(place / name, text.encode())
     for name in wanted if flags.retry else ():
         folder.RunFolder(workdir / name).failure.unlink(missing_ok=True)
-    print(f"vitmed: {status.totals(states)}; {len(options.tasks)} tasks to run", file=sys.stderr)
+    print(f"vitmed: {status.totals(states)}; tasks to run: {len(options.tasks)}", file=sys.stderr)
     print(engine.submit(place, options))
     return 0
 

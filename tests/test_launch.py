@@ -229,7 +229,7 @@ def test_the_same_command_again_submits_what_is_left(tmp_path, capsys, submit, e
     fail(own(workdir, IMAGES[1]))
     with guard.lock(own(workdir, IMAGES[2])):
         assert submit("--pack=0") == 0
-        assert "1 of 4 points done, 1 running, 1 failed, 1 waiting; 1 tasks to run" in capsys.readouterr().err
+        assert "1 of 4 points done, 1 running, 1 failed, 1 waiting; tasks to run: 1" in capsys.readouterr().err
     assert submit() == 0  # the one that ran was stopped
     engine.waiting = frozenset({3})
     assert submit() == 0
@@ -327,6 +327,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypa
     ("flag", "words"),
     [
         ("--time=soon", "--time=soon: must be minutes, HH:MM:SS"),
+        ("--time=00:09:00", "--time=00:09:00: must be at least 10 minutes"),
         ("--mem=32 G", "--mem=32 G: must be a number of megabytes"),
         ("--limit=0", "--limit=0: must be a number of tasks"),
         ("--partition=a\n#SBATCH --uid=0", "must be a partition's name"),
@@ -343,3 +344,10 @@ def test_flags_of_slurm_that_make_no_sense_are_named(flag, words, tmp_path, caps
 def test_array_indices_are_those_of_the_tasks_left():
     assert slurm.indices((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
     assert slurm.indices((4,)) == "4"
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"), [("90", 90), ("1:30", 1.5), ("2:00:00", 120), ("1-12", 2160), ("1-0:30", 1470), ("2-01:00:30", 2940.5), ("0", 0)]
+)
+def test_time_limits_are_read_as_sbatch_does(time, minutes):
+    assert slurm.minutes(time) == minutes

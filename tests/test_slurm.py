@@ -114,7 +114,8 @@ def test_a_sweep_whose_tasks_are_stopped_in_the_middle_gives_every_result_once(c
         assert not (workdir / point / "failure.json").exists()
     assert sorted(file.parent.name for file in workdir.rglob("result.json")) == sorted(POINTS)
     with open(workdir / "report/results.csv", newline="") as file:
-        assert sorted(row["patch"] for row in csv.DictReader(file) if row["kind"] != "ensemble") == ["14", "28"]
+        rows = sorted((row["patch"], row["seed"]) for row in csv.DictReader(file) if row["kind"] != "ensemble")
+    assert rows == [("14", "0"), ("14", "1"), ("28", "0"), ("28", "1")]
     with capsys.disabled():
         print(f"\nSLURM sweep: {seconds:.1f} s from the command to the report; {states}; {watch.seen}")
     again = sweep(cluster, workdir, *flags)
