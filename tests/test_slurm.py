@@ -19,7 +19,7 @@ from vitmed import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Long enough to be stopped in the middle.
-SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=24", "--config.train.batch_size=250"]
+SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=40", "--config.train.batch_size=250"]
 POINTS = ("phantom2d-patch14", "phantom2d-patch28")
 LONGEST_SECONDS = 240
 
@@ -89,16 +89,23 @@ def test_a_sweep_whose_tasks_are_stopped_in_the_middle_gives_every_result_once(c
     stopped = {point: epochs(workdir, point) for point in POINTS}
     ask(cluster, "scontrol", "requeue", f"{array}_0")  # as an administrator would, or a job of higher priority
     ask(cluster, "scancel", "--batch", "--signal=TERM", f"{array}_1")  # what SLURM does two minutes before the time limit
-    watch.until(lambda now: {now.get(f"{array}_{task}") for task in (0, 1)} == {"PENDING"}, "the queue")
+    held = set()
+
+    def hold_what_waits(now):
+        for job in (f"{array}_0", f"{array}_1"):
+            if now.get(job) == "PENDING" and job not in held:
+                ask(cluster, "scontrol", "hold", job)
+                held.add(job)
+        return len(held) == 2
+
+    watch.until(hold_what_waits, "the queue")
     assert not any((workdir / point / "result.json").exists() for point in POINTS), "they were to be stopped before the end"
 
-    for task in (0, 1):  # while the same command is given again
-        ask(cluster, "scontrol", "hold", f"{array}_{task}")
-    waiting = sweep(cluster, workdir, *flags)
+    waiting = sweep(cluster, workdir, *flags)  # the same command again, while all of it is queued
     assert waiting.returncode == 0
     assert "2 of 2 tasks are in the queue already" in waiting.stderr
-    for task in (0, 1):
-        ask(cluster, "scontrol", "release", f"{array}_{task}")
+    for job in held:
+        ask(cluster, "scontrol", "release", job)
 
     watch.until(lambda now: collect not in now, "the report")
     seconds = time.monotonic() - began
@@ -107,7 +114,7 @@ def test_a_sweep_whose_tasks_are_stopped_in_the_middle_gives_every_result_once(c
     assert states == {f"{array}_0": ("COMPLETED", "1", "0:0"), f"{array}_1": ("COMPLETED", "1", "0:0"), collect: ("COMPLETED", "0", "0:0")}
     for task, point in enumerate(POINTS):
         assert epochs(workdir, point)[: len(stopped[point])] == stopped[point]
-        assert epochs(workdir, point) == list(range(1, 25))
+        assert epochs(workdir, point) == list(range(1, 41))
         log = (workdir / f"launch/slurm/{array}_{task}.log").read_text()  # appended to by the second start
         assert log.count(f"vitmed: {point}, 1 of 1") == 2
         assert "saved; run it again to go on" in log
