@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from typing import IO, NamedTuple
 
 from launch import manifest as manifest_lib
-from vitmed import cli, sweep
+from vitmed import apart, cli
 from vitmed import config as config_lib
 
 COMMANDS = "commands.sh"
@@ -54,7 +55,7 @@ def gpus() -> list[str]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     except OSError:  # no driver, no GPUs
         return []
-    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]
+    return re.findall(r"^GPU (\d+):", listed.stdout, flags=re.MULTILINE)  # between them there may be lines about parts of one
 
 
 def require(options: argparse.Namespace) -> None:
@@ -70,13 +71,13 @@ def submit(folder: pathlib.Path, options: argparse.Namespace) -> str:
     commands = dict(zip(options.tasks, map(shlex.split, lines), strict=True))
     free = gpus() or [None] * int(options.at_once or 1)
     faults = run(commands, free[: int(options.at_once or len(free))], folder)
-    status, said = sweep.run_apart(shlex.split(report))
+    status, said = apart.run(shlex.split(report))
     if status:
         faults["the report"] = said or "runs were left out of it"
     if faults:
         named = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
         raise config_lib.MachineError(f"{named}; the logs are in {folder}, --status names the points, --retry runs failed ones again")
-    return f"{len(commands)} tasks are done; the report: {options.workdir}/report/index.html"
+    return f"tasks done: {len(commands)}; the report: {options.workdir}/report/index.html"
 
 
 def run(commands: Mapping[int, list[str]], free: list[str | None], folder: pathlib.Path) -> dict[str, str]:

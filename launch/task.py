@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from launch import manifest as manifest_lib
 from vitmed import cli
 from vitmed import config as config_lib
-from vitmed.runs import guard
+from vitmed.runs import cluster, guard
 
 EXAMPLES = """examples:
   python -m launch.task --manifest=runs/study/manifest.json --workdir=runs/study --task=0
@@ -68,7 +68,8 @@ def run(manifest: manifest_lib.Manifest, names: Sequence[str], workdir: pathlib.
     failed = [entry for entry in asked.entries if entry.result is None and entry.run_folder.read_failure() is not None]
     for entry in failed:
         print(f"vitmed: {entry.name} has failed before and is left as it is; launch.sweep --retry runs it again", file=sys.stderr)
-    status = sweep.run_each(dataclasses.replace(asked, entries=[entry for entry in asked.entries if entry not in failed]))
+    left = [entry for entry in asked.entries if entry not in failed]
+    status = sweep.run_each(dataclasses.replace(asked, entries=left, team=cluster.detect(os.environ)))
     return 1 if failed else status
 
 

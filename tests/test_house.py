@@ -15,7 +15,7 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"budget", "cli", "experiment", "forecast", "planning", "sweep"}  # what the CLIs are made of
+TOP = {"apart", "budget", "cli", "experiment", "forecast", "planning", "sweep"}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "budget": BELOW | {"planning"},
     "experiment": BELOW | {"budget", "network", "planning"},
     "cli": {"config"},
+    "apart": {"cli", "config"},
     "forecast": BELOW | {"budget", "network", "experiment"},
-    "sweep": BELOW | {"budget", "cli", "experiment", "forecast"},
+    "sweep": BELOW | {"apart", "budget", "cli", "experiment", "forecast"},
     **dict.fromkeys(CLIS, BELOW | CLIS | TOP),
     "configs": LEAVES,
     "launch": BELOW | CLIS | TOP,

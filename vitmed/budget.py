@@ -6,6 +6,7 @@ Nothing here reads data or weights, and only the arithmetic of `cost` speaks, so
 import math
 
 from vitmed import cost, planning
+from vitmed.models import attention
 from vitmed.runs import machine
 from vitmed.training import loop, programs, sharding
 
@@ -61,13 +62,20 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
     split, sequence = parts(planned, device), max(1, config.mesh.sequence)
-    # Of a block's keys and values every device has those of all tokens, of everything else its share.
-    gathered = 2 * planned.num_tokens * architecture.width if sequence > 1 else 0
+    # Of keys and values every device has those of all tokens, kept for each block unless recomputed; of everything else its share.
+    blocks = architecture.depth if remat == "none" else 1
+    gathered = blocks * 2 * planned.num_tokens * architecture.width if sequence > 1 else 0
     activations = cost.Activations(*(math.ceil(numbers / sequence) for numbers in activations))
     activations = activations._replace(linear=activations.linear + gathered)
     params = math.ceil(cost.num_params(**shape) / max(1, config.mesh.fsdp))
     images = images or micro_batch_size(planned, device)
     whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
+    waiting = (params + whole) * cost.BYTES_OF_A_PARAMETER if images < config.train.batch_size else 0
+    # Elsewhere than on a CPU blockwise attention takes a block of queries of all heads and images at once: scores and weights.
+    queries = min(attention.BLOCK, math.ceil(planned.num_tokens / sequence))
+    blockwise = planned.attention_form(device.platform) == "blockwise" and device.platform != "cpu"
+    per_image = 2 * architecture.num_heads * queries * planned.num_tokens * cost.BYTES_OF_A_SCORE
+    scores = math.ceil(images / split) * per_image if blockwise else 0
     least, likely = cost.training_memory(
         num_params=params,
         activations=activations if keeps else activations._replace(attention_weights=0),
@@ -81,7 +89,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
         scanned=remat != "none",
         bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
         split_bytes=_resident_bytes(planned, device),
-        waiting_bytes=(params + whole) * cost.BYTES_OF_A_PARAMETER if images < config.train.batch_size else 0,
+        waiting_bytes=waiting + scores,
     )
     if device.platform == "cpu":
         state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)

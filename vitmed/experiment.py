@@ -4,9 +4,11 @@
 `recipe` is what the device needs, `run` trains into a folder, `result` is the record of a finished run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from vitmed import config as config_lib
 from vitmed import network as networks
 from vitmed.data import pipeline, sources
 from vitmed.models import attention, build, exported, inputs
-from vitmed.runs import checkpoint, folder, guard, machine
+from vitmed.runs import checkpoint, folder, guard, machine, processes
 from vitmed.training import loop, optim, programs, sharding, tasks
 
 Experiment, plan = planning.Experiment, planning.plan
@@ -128,18 +130,20 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
 
     Devices, data and weights are looked at before anything is written. Raises config.Stopped after a signal, with the state saved.
     """
-    config, _ = experiment.config, experiment.mesh
-    dataset = experiment.load()
+    config, mesh = experiment.config, experiment.mesh
+    sharding.check_processes(mesh)
+    dataset = processes.main_first(experiment.load)
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
     start, report = _start(experiment, run_folder)
-    run_folder.create(config.to_dict())
+    processes.by_main(lambda: run_folder.create(config.to_dict()))
     machine.cache_programs()
-    with guard.lock(run_folder.path), guard.Signals() as signals, machine.memory_errors():
+    with contextlib.ExitStack() as held, guard.Signals() as signals, machine.memory_errors():
+        processes.by_main(lambda: held.enter_context(guard.lock(run_folder.path)))
         run_folder.check(config.to_dict())  # again, now that nobody else can write there
-        if (finished := run_folder.read_result()) is not None:
+        if (finished := processes.by_main(run_folder.read_result)) is not None:
             return finished
         run_folder.tidy()
-        if not checkpoint.begun(run_folder.checkpoints):
+        if not _begun(run_folder):
             run_folder.write_model(experiment.network.record(report))
         outcome = loop.train(
             recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
@@ -160,6 +164,7 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         write_weights(experiment, run_folder, outcome)
         record = result(experiment, dataset, outcome)
         run_folder.write_result(record)
+        processes.most(0)  # process 0 has written it before any other ends, or goes on to a sweep's next point
     return record
 
 
@@ -172,21 +177,28 @@ def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) ->
 
 def recorded_network(run_folder: folder.RunFolder) -> networks.Network | None:
     """The network of a run that has a checkpoint; None of one that has none and starts over, from its config."""
-    if not checkpoint.begun(run_folder.checkpoints):
+    if not _begun(run_folder):
         return None
     return networks.of_record(run_folder.read_model(), str(run_folder.model))
 
 
+def _begun(run_folder: folder.RunFolder) -> bool:
+    return processes.by_main(lambda: checkpoint.begun(run_folder.checkpoints))
+
+
 def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, Any]:
     """(parameters to start from, report), or Nones where the run starts from scratch or goes on from a checkpoint."""
-    if not experiment.config.model.pretrained or checkpoint.begun(run_folder.checkpoints):
+    if not experiment.config.model.pretrained or _begun(run_folder):
         return None, None
-    return networks.starting_params(
+    params, report = networks.starting_params(
         experiment.network,
         experiment.config,
         **dataclasses.asdict(experiment.geometry),
         num_classes=experiment.description.num_classes,
     )
+    if processes.is_main():
+        print(f"vitmed: {experiment.network.weights.path.name}: {report}", file=sys.stderr)
+    return params, report
 
 
 def write_weights(experiment: Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:

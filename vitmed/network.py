@@ -5,7 +5,6 @@ A run records it (model.json), so that it is resumed, evaluated and used without
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,8 +103,8 @@ def starting_params(
     kernel_size: tuple[int, ...],
     num_classes: int,
 ) -> tuple[Any, pretrained.Report]:
-    """Read the weights, with a fresh classifier, and say on stderr what became of them; InputError where they are damaged."""
-    params, report = pretrained.load(
+    """(parameters, what became of each tensor) from the weights, with a fresh classifier; InputError where they are damaged."""
+    return pretrained.load(
         dataclasses.replace(network.weights, architecture=network.architecture),
         image_size=image_size,
         patch_size=patch_size,
@@ -116,5 +115,3 @@ def starting_params(
         depth_positions=config.model.depth_positions,
         position_resize=config.model.position_resize,
     )
-    print(f"vitmed: {network.weights.path.name}: {report}", file=sys.stderr)
-    return params, report

@@ -5,20 +5,17 @@ in its folder (failure.json) and reported at the end, and the others run all the
 """
 
 import dataclasses
-import os
 import pathlib
 import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import rich.table
 
-from vitmed import budget, cli, experiment, forecast
+from vitmed import apart, budget, experiment, forecast
 from vitmed import config as config_lib
-from vitmed.runs import checkpoint, folder, guard, machine
+from vitmed.runs import checkpoint, cluster, folder, guard, machine, processes
 from vitmed.study import points, tables
 
 COLUMNS = ("point", "tokens", "GMACs / image", "memory", "state")
@@ -41,12 +38,21 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A config file, the overrides for every point, all points and the entries that were asked for."""
+    """A config file, the overrides for every point, all points and the entries that were asked for.
+
+    `team` are the processes that make each point's run together, each going through the points by itself; None: they are run here alone.
+    """
 
     path: str
     overrides: Mapping[str, str]
     points: Sequence[points.Point]
     entries: Sequence[Entry]
+    team: cluster.Cluster | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process of a team that records failures and prints tables."""
+        return self.team is None or not self.team.process_id
 
 
 def read(spec: str, overrides: Mapping[str, str], *, selection: str | Collection[str] | None, root: pathlib.Path | None) -> Sweep:
@@ -140,7 +146,8 @@ def _failure_text(failure: Mapping[str, Any]) -> str:
 def check(sweep: Sweep) -> None:
     """InputError where a point that is not finished cannot be run here: its memory first, then its weights."""
     todo = [entry for entry in sweep.entries if entry.result is None]
-    device = machine.device_apart() if todo else None
+    # A process of a team cannot ask for devices without the others; each run asks then.
+    device = machine.device_apart() if todo and sweep.team is None else None
     misfits = {} if device is None else {entry.name: fault for entry in todo if (fault := forecast.misfit(entry.planned, device))}
     if misfits:
         kept = [entry.point for entry in sweep.entries if entry.name not in misfits]
@@ -178,18 +185,16 @@ def run_each(sweep: Sweep) -> int:
     for index, entry in enumerate(sweep.entries):
         if results[index] is not None:
             continue
-        if fault := _held(entry.run_folder):
+        if fault := _held(sweep, entry):
             faults[entry.name] = fault
             continue
         print(f"vitmed: {entry.name}, {index + 1} of {len(sweep.entries)}", file=sys.stderr)
-        given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
-        given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
-        status, said = run_apart([sys.executable, "-m", "vitmed.main", *given])
+        status, said = _run_point(sweep, entry)
         results[index] = entry.run_folder.read_result()
         if results[index] is None:
-            faults[entry.name] = _held(entry.run_folder) or _record(entry.run_folder, status, said)
+            faults[entry.name] = _held(sweep, entry) or _record(entry.run_folder, status, said, writes=sweep.speaks)
         _say_progress(sweep.entries, results, faults)
-    if any(results):
+    if any(results) and sweep.speaks:
         named = {entry.name: result for entry, result in zip(sweep.entries, results, strict=True) if result}
         tables.show(tables.of_results(points.ordered(named)))
     faults |= {entry.name: fault for entry, result in zip(sweep.entries, results, strict=True) if result and (fault := _fault_of(result))}
@@ -200,14 +205,24 @@ def run_each(sweep: Sweep) -> int:
     return 1 if faults else 0
 
 
-def _held(run_folder: folder.RunFolder) -> str | None:
-    """Say who else has the folder of a point; None where nobody does."""
-    holder = guard.holder(run_folder.path)
-    return holder and f"{run_folder.path} is in use by {holder}; left to it"
+def _run_point(sweep: Sweep, entry: Entry) -> tuple[int, str]:
+    """(exit status, what it complained of); MachineError where a process of the team was lost, and all points would be with it."""
+    given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
+    given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
+    status, said = apart.run([sys.executable, "-m", "vitmed.main", *given, *cluster.flags(sweep.team)])
+    if sweep.team is not None and (status < 0 or processes.LOST_TEXT in said):
+        raise processes.lost(sweep.team)
+    return status, said
 
 
-def _record(run_folder: folder.RunFolder, status: int, said: str) -> str:
-    """Leave in a point's folder that it failed, and say it in a line."""
+def _held(sweep: Sweep, entry: Entry) -> str | None:
+    """Say who else has the folder of a point; None where nobody does, and to a team, whose process 0 looks when all have met."""
+    holder = guard.holder(entry.run_folder.path) if sweep.team is None else None
+    return holder and f"{entry.run_folder.path} is in use by {holder}; left to it"
+
+
+def _record(run_folder: folder.RunFolder, status: int, said: str, *, writes: bool = True) -> str:
+    """Leave in a point's folder that it failed, unless another process `writes`, and say it in a line."""
     if status < 0:
         name = signal.Signals(-status).name
         ended = f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}"
@@ -215,7 +230,8 @@ def _record(run_folder: folder.RunFolder, status: int, said: str) -> str:
         ended = f"exit status {status}"
     failure = {"ended": ended, "said": said or None}
     try:
-        run_folder.write_failure(failure)
+        if writes:
+            run_folder.write_failure(failure)
     except (config_lib.InputError, config_lib.MachineError) as error:  # the next point may have a better place
         print(f"vitmed: {error}", file=sys.stderr)
     return _failure_text(failure)
@@ -230,35 +246,3 @@ def _say_progress(entries: Sequence[Entry], results: Sequence[Mapping[str, Any] 
     seconds = forecast.seconds_left(arithmetic, [forecast.seconds(entry.planned) for entry in left])
     time = f", about {forecast.duration_text(seconds)} left" if left and seconds is not None else ""
     print(f"vitmed: {len(done)} of {len(entries)} points done{failed}{time}", file=sys.stderr, flush=True)
-
-
-def run_apart(command: Sequence[str]) -> tuple[int, str]:
-    """Run a command in a process of its own and pass signals on to it: (exit status, what it complained of).
-
-    It writes to this process's stderr, be that a terminal or not. Stopped where a signal came, or where the command says that one did.
-    """
-    received: list[int] = []
-    child: subprocess.Popen | None = None
-
-    def forward(signum: int, _: object) -> None:
-        received.append(signum)
-        if child is not None:
-            child.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
-
-    with tempfile.TemporaryFile() as words:
-        environment = os.environ | {cli.LAST_WORDS: str(words.fileno())}
-        former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        try:
-            # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, env=environment, pass_fds=[words.fileno()])
-            if received:
-                child.terminate()  # it came before there was a child
-            status = child.wait()
-        finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
-        words.seek(0)
-        said = words.read().decode(errors="replace")
-    if received or status in (75, 130):
-        raise config_lib.Stopped(signal.SIGINT if signal.SIGINT in received or status == 130 else signal.SIGTERM)
-    return status, said

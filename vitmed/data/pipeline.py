@@ -60,10 +60,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One call's data: `batches` has mask [R, K, B] and indices [R, K, B], or images and labels [R, K, B, ...]."""
+    """One call's data: `batches` has mask [R, K, B] and indices [R, K, B], or images and labels [R, K, B, ...].
+
+    Where several processes share a batch, B are this one's examples; `num_examples` counts those of all that are not masked.
+    """
 
     number: int
     num_steps: int
+    num_examples: int
     batches: dict[str, np.ndarray]
 
 
@@ -83,9 +87,17 @@ def step_indices(order: np.ndarray, *, first: int, stop: int, batch_size: int) -
 
 
 def training_chunks(
-    plan: Plan, seeds: Sequence[int], *, start: int = 0, streamed: Mapping[str, np.ndarray] | None = None
+    plan: Plan,
+    seeds: Sequence[int],
+    *,
+    start: int = 0,
+    streamed: Mapping[str, np.ndarray] | None = None,
+    own: np.ndarray | slice = slice(None),
 ) -> Iterator[Chunk]:
-    """The chunks from number `start` on, prepared ahead in a thread; with `streamed` {images, labels} they carry the examples."""
+    """The chunks from number `start` on, prepared ahead in a thread; with `streamed` {images, labels} they carry the examples.
+
+    `own` are the examples of each batch that this process feeds.
+    """
 
     def load(number: int) -> Chunk:
         epoch, first, stop = plan.position(int(number))
@@ -95,21 +107,27 @@ def training_chunks(
         ]
         # Every chunk has the same shape, so that one compiled program serves all; steps after the last are never made.
         missing = ((0, 0), (0, plan.steps_per_chunk - (stop - first)), (0, 0))
-        indices = np.pad(np.stack([indices for indices, _ in drawn]), missing)
-        batches = {"mask": np.pad(np.stack([mask for _, mask in drawn]), missing)}
+        indices = np.pad(np.stack([indices for indices, _ in drawn]), missing)[..., own]
+        mask = np.pad(np.stack([mask for _, mask in drawn]), missing)
+        batches = {"mask": mask[..., own]}
         if streamed is None:
             batches["indices"] = indices
         else:
             batches |= {name: array[indices] for name, array in streamed.items()}
-        return Chunk(int(number), stop - first, batches)
+        return Chunk(int(number), stop - first, int(mask.sum()), batches)
 
     chunks = grain.MapDataset.range(start, plan.num_chunks).map(load)
     return iter(chunks.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_CHUNKS)))
 
 
-def evaluation_batches(images: np.ndarray, labels: np.ndarray, *, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """All N examples in order, as ({images [B, *S, C], labels [B, L]}, how many of them are real); the last batch is filled up."""
+def evaluation_batches(
+    images: np.ndarray, labels: np.ndarray, *, batch_size: int, own: np.ndarray | slice = slice(None)
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """All N examples in order, as ({images [B, *S, C], labels [B, L]}, how many of them are real); the last batch is filled up.
+
+    `own` are the examples of each batch that this process feeds; how many are real is said of the whole batch.
+    """
     for first in range(0, len(images), batch_size):
         real = min(batch_size, len(images) - first)
-        filled = np.minimum(np.arange(first, first + batch_size), len(images) - 1)
+        filled = np.minimum(np.arange(first, first + batch_size), len(images) - 1)[own]
         yield {"images": images[filled], "labels": labels[filled]}, real

@@ -3,7 +3,7 @@
 Orbax commits a step by renaming its folder but keeps no checksum of array data: a flipped bit is restored silently as another number.
 So a committed step is *sealed* with the SHA-256 of each of its files, and only sealed, intact steps are restored.
 A step holds three items: `state` (what training changes), `best` (the best parameters of each run) and `progress` (JSON: position and
-metrics of the same moment).
+metrics of the same moment). Where several processes make a run, each writes its part of the arrays, and process 0 seals and chooses.
 """
 
 import concurrent.futures
@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from vitmed import config
-from vitmed.runs import files
+from vitmed.runs import files, processes
 
 SEAL = "sha256.json"
 ASIDE = "broken-"  # begins the names of steps that were moved aside
@@ -92,7 +92,8 @@ class Checkpoints:
         """Seal what this process has written, as soon as it is there: anything else would vouch for bytes unseen."""
         with self._writing():
             self._manager.wait_until_finished()
-            seal(self._step(step))
+            if processes.is_main():
+                seal(self._step(step))
 
     def finish(self) -> None:
         """Wait for a save that is under way; MachineError where it failed."""
@@ -118,6 +119,13 @@ class Checkpoints:
             ) from error
 
     def latest(self) -> int | None:
+        """The newest intact step, the same for all processes of a run; see `_latest`."""
+        self._newest = processes.by_main(self._latest) or 0
+        if processes.count() > 1:
+            self._manager.reload()  # steps may have been moved aside
+        return self._newest or None
+
+    def _latest(self) -> int | None:
         """The newest intact step, or None where none was ever sealed; what is broken is named on stderr.
 
         Broken steps are moved aside, out of the way of those to come, and never deleted; where there is no intact one, nothing is touched
@@ -130,7 +138,6 @@ class Checkpoints:
                 if troubles:
                     found = f"{self._path}: {_listed(troubles)}; going on from step {step}, the newest intact one"
                     print(f"vitmed: {found}{self._set_aside(troubles)}", file=sys.stderr)
-                self._newest = step
                 return step
             troubles[step] = trouble
         if any(why != _UNSEALED for why in troubles.values()):

@@ -89,10 +89,14 @@ def _predictions_fault(predictions: Predictions) -> str | None:
 
 
 class RunFolder:
-    """The folder of one run (all seeds): where its files lie, how they are written and read."""
+    """The folder of one run (all seeds): where its files lie, how they are written and read.
 
-    def __init__(self, path: str | os.PathLike):
+    One that does not `write`, as in all but one of the processes of a run, reads and checks and otherwise does nothing.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, writes: bool = True):
         self.path = pathlib.Path(path)
+        self.writes = writes
         self.config = self.path / "config.json"
         self.model = self.path / "model.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -124,8 +128,12 @@ class RunFolder:
 
     def tidy(self) -> None:
         """Remove what killed processes left of files that they were writing; for who holds the folder's lock."""
-        for path in (self.path, self.predictions("").parent, self.weights(0).parent):
+        for path in (self.path, self.predictions("").parent, self.weights(0).parent) if self.writes else ():
             files.remove_leftovers(path)
+
+    def _write(self, path: pathlib.Path, data: bytes, *, make_parent: bool = False) -> None:
+        if self.writes:
+            files.write_whole(path, data, make_parent=make_parent)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
         there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (self.read_config(), config))
@@ -141,9 +149,11 @@ class RunFolder:
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder and put config.json there if it is not; InputError if it cannot be made, MachineError if the disk is full."""
         data = files.json_bytes(json.loads(_json_text(config)))  # sorted; checked before anything is made
+        if not self.writes:
+            return
         files.make_folder(self.path)
         if not self.config.exists():
-            files.write_whole(self.config, data)
+            self._write(self.config, data)
 
     def read_config(self) -> dict[str, Any]:
         """Return the config that the run was started with (lists for tuples); InputError if absent or broken."""
@@ -154,7 +164,7 @@ class RunFolder:
 
     def write_model(self, record: Mapping[str, Any]) -> None:
         """Write what the network is."""
-        files.write_whole(self.model, files.json_bytes(files.json_ready(record)))
+        self._write(self.model, files.json_bytes(files.json_ready(record)))
 
     def read_model(self) -> dict[str, Any]:
         """Return what the network is; InputError if absent or broken."""
@@ -165,12 +175,12 @@ class RunFolder:
 
     def write_weights(self, seed: int, data: bytes) -> None:
         """Write the file of one seed's parameters."""
-        files.write_whole(self.weights(seed), data, make_parent=True)
+        self._write(self.weights(seed), data, make_parent=True)
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a line per epoch, the whole file anew, so that a line is never half there; NaN and infinity become null."""
         lines = [json.dumps(files.json_ready(row), allow_nan=False) + "\n" for row in rows]
-        files.write_whole(self.metrics, "".join(lines).encode())
+        self._write(self.metrics, "".join(lines).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the rows written, none if there is no file; InputError that names the line if one is broken."""
@@ -188,7 +198,7 @@ class RunFolder:
         buffer = io.BytesIO()
         dtypes = {"labels": np.int64, "probabilities": np.float32, "seeds": np.int64}
         np.savez(buffer, **{name: np.ascontiguousarray(getattr(predictions, name), dtype) for name, dtype in dtypes.items()})
-        files.write_whole(self.predictions(split), buffer.getvalue(), make_parent=True)
+        self._write(self.predictions(split), buffer.getvalue(), make_parent=True)
 
     def read_predictions(self, split: str) -> Predictions:
         """Return the predictions of a split; InputError if they are absent, damaged (checksums are verified) or do not fit."""
@@ -220,8 +230,9 @@ class RunFolder:
         ready = files.json_ready(result)
         if fault := _result_fault(ready):
             raise ValueError(f"the result does not match runs/result.schema.json: {fault}")
-        files.write_whole(self.result, files.json_bytes(ready))
-        self.failure.unlink(missing_ok=True)
+        self._write(self.result, files.json_bytes(ready))
+        if self.writes:
+            self.failure.unlink(missing_ok=True)
 
     def write_failure(self, record: Mapping[str, Any]) -> None:
         """Write why the run could not be finished; a result removes it."""

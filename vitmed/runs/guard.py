@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from vitmed import config
-from vitmed.runs import heartbeat
+from vitmed.runs import heartbeat, processes
 
 LOCK_NAME = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # EACCES: NFS, which makes flock a POSIX lock
@@ -135,9 +135,9 @@ class Signals:
         return self
 
     def check(self) -> None:
-        """Raise config.Stopped if a signal came."""
-        if self.requested is not None:
-            raise config.Stopped(self.requested)
+        """Raise config.Stopped if a signal came, to this process or to another one of its run: they stop at the same place."""
+        if signum := processes.most(self.requested or 0):
+            raise config.Stopped(signum)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for signum, handler in self._former.items():

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 
 from vitmed import config
+from vitmed.runs import processes
 
 # What `device_apart` runs; XLA is told not to take the device's memory for itself.
 ASK = "import json; from vitmed.runs import machine; print(json.dumps(machine.device()))"
@@ -25,8 +26,8 @@ PACKAGES = ("vitmed", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 
 def peak_memory_bytes(devices: Iterable[jax.Device]) -> int:
-    """The largest peak of one of the devices where all tell theirs, else of this process."""
-    stats = [device.memory_stats() or {} for device in devices]
+    """The largest peak of one of this process's devices where all tell theirs, else of this process."""
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     if all("peak_bytes_in_use" in one for one in stats):
         return int(max(one["peak_bytes_in_use"] for one in stats))
     unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
@@ -50,12 +51,14 @@ class Device(NamedTuple):
 
 
 def device() -> Device:
-    """The devices of this process, which takes hold of them."""
+    """The devices of this run, of which this process takes hold of its own; `memory_bytes` is the least of all processes'."""
     devices = jax.local_devices()
     platform_name, count = devices[0].platform, jax.device_count()
     # On a CPU they share the machine's memory.
     memory = host_memory_bytes() // len(devices) if platform_name == "cpu" else (devices[0].memory_stats() or {}).get("bytes_limit")
-    return Device(platform_name, device_name(devices), count, memory)
+    # What follows from it must be the same in all processes of a run.
+    agreed = processes.least(-1 if memory is None else memory)
+    return Device(platform_name, device_name(jax.devices()), count, None if agreed < 0 else agreed)
 
 
 def device_apart() -> Device | None:

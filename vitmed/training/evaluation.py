@@ -33,10 +33,11 @@ def predict(
     *,
     batch_size: int,
     check: Callable[[], None] = lambda: None,
+    own: np.ndarray | slice = slice(None),
 ) -> Predictions:
     """Images uint8 [N, *S, C] and labels [N, L] through `program`, in batches whose fillers are left out again.
 
-    `check` is called before every batch; what it raises ends the pass.
+    `check` is called before every batch; what it raises ends the pass. `own` are the examples of a batch that this process feeds.
     """
     pending: collections.deque = collections.deque()
     probabilities, losses = [], []
@@ -46,7 +47,7 @@ def predict(
         probabilities.append(np.asarray(batch_probabilities)[:, :real])
         losses.append(np.asarray(batch_losses)[:, :real])
 
-    for batch, real in pipeline.evaluation_batches(images, labels, batch_size=batch_size):
+    for batch, real in pipeline.evaluation_batches(images, labels, batch_size=batch_size, own=own):
         check()
         pending.append((program(params, batch), real))
         if len(pending) > IN_FLIGHT:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitmed import config
 from vitmed.data import pipeline, sources
-from vitmed.runs import checkpoint, folder, guard
+from vitmed.runs import checkpoint, folder, guard, processes
 from vitmed.training import evaluation, programs, sharding, step, tracking
 
 # A training split up to this share of the device's memory lives there; where the device does not tell its memory, up to this many bytes.
@@ -59,7 +59,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished training leaves: best epochs [R] and parameters, failures, predictions and measurements of val and test, times."""
+    """What a finished training leaves: best epochs [R] and parameters (on the host), failures, predictions and measurements, times."""
 
     best_epoch: list[int]
     failed_seeds: list[int]
@@ -92,6 +92,8 @@ def train(
     """
     images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
     resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
+    own = sharding.own(recipe.mesh, plan.batch_size)
+    own_of_evaluation = sharding.own(recipe.mesh, evaluation_batch_size)
     keep_best = programs.keep_best(recipe)
     with checkpoint.Checkpoints(run_folder.checkpoints) as checkpoints:
         training = restore_or_create(recipe, checkpoints, start=start, data_md5=dataset.md5)
@@ -100,10 +102,13 @@ def train(
         run_folder.write_metrics(progress.rows)  # what an interrupted epoch wrote beyond the checkpoint is written again
         program, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
         progress.compile_seconds += seconds
-        predict = functools.partial(_predict, program, batch_size=evaluation_batch_size, check=signals.check)
+        predict = functools.partial(_predict, program, batch_size=evaluation_batch_size, check=signals.check, own=own_of_evaluation)
         train_chunk, saved_at = None, time.monotonic()
         with tracking.Progress(
-            label, total_steps=plan.steps_before(plan.num_chunks), done_steps=plan.steps_before(progress.chunk)
+            label,
+            total_steps=plan.steps_before(plan.num_chunks),
+            done_steps=plan.steps_before(progress.chunk),
+            quiet=not processes.is_main(),
         ) as display:
 
             def validate() -> None:
@@ -117,15 +122,15 @@ def train(
             try:
                 if len(progress.rows) < progress.chunk // plan.chunks_per_epoch:  # stopped in the validation of an epoch
                     validate()
-                for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed):
+                for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed, own=own):
                     signals.check()
                     if train_chunk is None:
-                        train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident)
+                        train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident, batch_size=plan.batch_size)
                         progress.compile_seconds += seconds
                     advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
                     if plan.ends_epoch(chunk.number):
                         validate()
-                    if time.monotonic() - saved_at >= checkpoint_seconds:
+                    if processes.most(time.monotonic() - saved_at >= checkpoint_seconds):
                         training.save(checkpoints)
                         saved_at = time.monotonic()
                     checkpoints.poll()
@@ -143,11 +148,11 @@ def place(
     mesh: jax.sharding.Mesh, arrays: dict[str, np.ndarray], placement: str
 ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray] | None]:
     """(arrays on every device, None), or ({}, the arrays on the host) where they are too large or it is asked for."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
-    limit = RESIDENT_SHARE * stats["bytes_limit"] if "bytes_limit" in stats else RESIDENT_BYTES
+    stats = mesh.local_devices[0].memory_stats() or {}
+    limit = processes.least(int(RESIDENT_SHARE * stats["bytes_limit"] if "bytes_limit" in stats else RESIDENT_BYTES))
     if placement == "host" or (placement == "auto" and sum(array.nbytes for array in arrays.values()) > limit):
         return {}, arrays
-    return jax.device_put(arrays, sharding.replicated(mesh)), None
+    return sharding.put(arrays, sharding.replicated(mesh)), None
 
 
 def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, *, start: Any, data_md5: str | None) -> Training:
@@ -188,16 +193,14 @@ def advance(
         if failed_at != step.ALIVE and not progress.failed[run]:
             progress.failed[run] = True
             display.note(f"vitmed: seed {recipe.seeds[run]}: loss or gradient not finite at step {failed_at}; kept as it was before")
-    rate = chunk.batches["mask"].sum() / seconds
+    rate = chunk.num_examples / seconds
     display.trained(
         plan.steps_before(progress.chunk), epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1]
     )
 
 
-def _predict(
-    program: Callable[..., Any], params: Any, split: sources.Split, *, batch_size: int, check: Callable[[], None]
-) -> evaluation.Predictions:
-    return evaluation.predict(program, params, split.images, split.labels, batch_size=batch_size, check=check)
+def _predict(program: Callable[..., Any], params: Any, split: sources.Split, **how: Any) -> evaluation.Predictions:
+    return evaluation.predict(program, params, split.images, split.labels, **how)
 
 
 def _measure(
@@ -261,7 +264,7 @@ def conclude(
         # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
         best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
         failed_seeds=[seed for seed, bad in zip(recipe.seeds, progress.failed, strict=True) if bad],
-        best_params=training.best.params,
+        best_params=programs.whole(recipe, training.best.params),
         predictions=predictions,
         measured=measured,
         train_seconds=progress.train_seconds,

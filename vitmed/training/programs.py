@@ -79,11 +79,14 @@ def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Bes
     return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array(), start)
 
 
-def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict[str, Any]) -> tuple[Callable[..., Any], float]:
+def compile_chunk(
+    recipe: Recipe, batches: dict[str, np.ndarray], resident: dict[str, Any], *, batch_size: int | None = None
+) -> tuple[Callable[..., Any], float]:
     """Compile the training program for batches [R, K, B, ...] of these shapes: (program, seconds it took).
 
     The program takes (state, batches, num_steps, resident), gives (state, losses [R, K]) and consumes the state it is given; `memory` on it
-    is XLA's own account of the bytes that it takes of a device.
+    is XLA's own account of the bytes that it takes of a device. Where several processes share a batch, B are this one's examples and
+    `batch_size` are all of them.
     """
     train_step = functools.partial(
         step.train_step,
@@ -98,17 +101,20 @@ def compile_chunk(recipe: Recipe, batches: dict[str, np.ndarray], resident: dict
     state, _ = recipe.abstract
     everywhere = sharding.replicated(recipe.mesh)
     split = sharding.batch(recipe.mesh, axis=2)
+    batch_size = batch_size or batches["mask"].shape[2]
+    shapes = {name: jax.ShapeDtypeStruct((*array.shape[:2], batch_size, *array.shape[3:]), array.dtype) for name, array in batches.items()}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     arguments = (places, everywhere, split, everywhere, everywhere)
     jitted = jax.jit(make, in_shardings=arguments, out_shardings=(places, everywhere), donate_argnums=0)
-    seeds = jax.device_put(recipe.seed_array(), everywhere)
+    seeds = sharding.put(recipe.seed_array(), everywhere)
     started = time.perf_counter()
-    compiled = jitted.lower(state, seeds, _shapes(batches), jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident)).compile()
+    compiled = jitted.lower(state, seeds, shapes, jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident)).compile()
     seconds = time.perf_counter() - started
 
     def program(state: step.TrainState, batches: Any, num_steps: int, resident: Any) -> tuple[step.TrainState, jax.Array]:
-        return compiled(state, seeds, jax.device_put(batches, split), jax.device_put(np.int32(num_steps), everywhere), resident)
+        placed = sharding.put(batches, split, axis=2, batch_size=batch_size)
+        return compiled(state, seeds, placed, sharding.put(np.int32(num_steps), everywhere), resident)
 
     program.memory = compiled.memory_analysis()
     return program, seconds
@@ -132,7 +138,13 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
     batch = {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
     compiled = jitted.lower(best.params, batch).compile()
     seconds = time.perf_counter() - started
-    return lambda params, batch: compiled(params, jax.device_put(batch, split)), seconds
+    return lambda params, batch: compiled(params, sharding.put(batch, split, axis=0, batch_size=batch_size)), seconds
+
+
+def whole(recipe: Recipe, arrays: Any) -> Any:
+    """Arrays of the state on the host, wherever their parts lie; all processes of a run must ask."""
+    gathered = jax.jit(lambda arrays: arrays, out_shardings=sharding.replicated(recipe.mesh))(arrays)
+    return jax.tree.map(np.asarray, gathered)
 
 
 def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarray, int], step.Best]:

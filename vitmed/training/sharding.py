@@ -65,6 +65,17 @@ def check_batch(mesh: Mesh, name: str, batch_size: int) -> None:
         )
 
 
+def check_processes(mesh: Mesh) -> None:
+    """InputError where one of a run's processes would have nothing to do, and so wait for ever."""
+    busy, number = len({device.process_index for device in mesh.devices.flat}), jax.process_count()
+    if busy < number:
+        given = ", ".join(f"mesh.{name}={size}" for name, size in mesh.shape.items())
+        raise config.InputError(
+            f"{given}: these {mesh.size} devices are of {busy} of the {number} processes; start fewer processes, "
+            "or take batches (train.batch_size, eval.batch_size) that all devices can share, or mesh.fsdp or mesh.sequence"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -73,6 +84,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch(mesh: Mesh, axis: int) -> NamedSharding:
     """Arrays whose axis `axis` is the batch."""
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), BATCH_AXES))
+
+
+def own(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which examples of a batch are this process's to feed: all of them where it is alone."""
+    held = batch(mesh, axis=0).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
+
+
+def put(arrays: Any, place: NamedSharding, *, axis: int | None = None, batch_size: int = 0) -> Any:
+    """Arrays on the devices; each of several processes gives them whole or, where `axis` is the batch's, its `own` of `batch_size`."""
+    if place.is_fully_addressable:
+        return jax.device_put(arrays, place)
+    mine = None if axis is None else own(place.mesh, batch_size)
+
+    def one(array: np.ndarray) -> jax.Array:
+        if axis is None:
+            return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+        shape = (*array.shape[:axis], batch_size, *array.shape[axis + 1 :])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return array[(*index[:axis], np.searchsorted(mine, np.arange(batch_size)[index[axis]]), *index[axis + 1 :])]
+
+        return jax.make_array_from_callback(shape, place, part)
+
+    return jax.tree.map(one, arrays)
 
 
 def state(mesh: Mesh, shapes: Any) -> Any:

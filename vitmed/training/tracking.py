@@ -18,16 +18,20 @@ def losses_text(losses: Sequence[float | None]) -> str:
 
 
 class Progress:
-    """Steps done of all, time left, images per second and the current losses; a context manager around the loop."""
+    """Steps done of all, time left, images per second and the current losses; a context manager around the loop.
 
-    def __init__(self, label: str, *, total_steps: int, done_steps: int):
+    One that is quiet shows nothing, as in all but one of the processes of a run.
+    """
+
+    def __init__(self, label: str, *, total_steps: int, done_steps: int, quiet: bool = False):
+        self._quiet = quiet
         self._label, self._total, self._done = label, total_steps, done_steps
         self._started, self._first, self._printed = time.monotonic(), done_steps, 0.0
         self._val = ""
         self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._quiet:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(bar_width=20),
@@ -58,7 +62,7 @@ class Progress:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+        elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
     def _show(self, detail: str, *, last: bool) -> None:
@@ -66,7 +70,7 @@ class Progress:
             self._bar.update(self._task, completed=self._done, detail=detail)
             return
         now = time.monotonic()
-        if last or now - self._printed >= SECONDS_BETWEEN_LINES:
+        if not self._quiet and (last or now - self._printed >= SECONDS_BETWEEN_LINES):
             self._printed = now
             left = (now - self._started) / max(self._done - self._first, 1) * (self._total - self._done)
             line = f"{self._label}  step {self._done}/{self._total}  {left:.0f} s left  {detail}"
