@@ -17,7 +17,7 @@ from typing import NamedTuple
 from vitmed import budget, cli, cost, experiment, forecast
 from vitmed import config as config_lib
 from vitmed.data import medmnist
-from vitmed.models import attention, build
+from vitmed.models import build
 from vitmed.runs import machine
 from vitmed.study import points
 
@@ -157,19 +157,13 @@ def estimate(planned: experiment.Experiment, device: Device, mesh: Mesh) -> Esti
     seconds = step_seconds(done, device, planned.config.model.dtype, math.prod(mesh))
     predicted = (examples["val"] * (train.epochs + 1) + examples["test"]) / train.batch_size
     steps = train.epochs * math.ceil(examples["train"] / train.batch_size) + predicted / 3
-    memory, form = budget.memory(planned, there), planned.attention_form(device.platform)
-    if form == "blockwise" and not device.fitted:  # a block of queries at a time, but of all heads and images: its scores and its weights
-        at_once = (
-            budget.micro_batch_size(planned, there) * len(planned.seeds) / (mesh.data * mesh.fsdp) * planned.network.architecture.num_heads
-        )
-        memory = memory._replace(likely=memory.likely + int(2 * at_once * attention.BLOCK * planned.num_tokens * cost.BYTES_OF_A_SCORE))
     return Estimate(
         work=done,
         seconds=seconds,
         hours=tuple(math.prod(mesh) * steps * one / 3600 for one in seconds),
-        memory=memory,
+        memory=budget.memory(planned, there),
         remat=budget.remat(planned, there),
-        attention=form,
+        attention=planned.attention_form(device.platform),
         steps=steps,
     )
 

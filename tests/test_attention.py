@@ -104,3 +104,8 @@ def test_a_config_decides_how_attention_is_computed():
     config.override(cfg, "model.attention", "flash")
     with pytest.raises(config.InputError, match=r"model\.attention=flash"):
         experiment.plan(cfg)
+
+
+@pytest.mark.parametrize(("batch_size", "num_keys", "expected"), [(8, 344, 512), (8, 21953, 509), (64, 21953, 64), (512, 262145, 64)])
+def test_an_accelerator_takes_as_many_queries_at_a_time_as_a_gigabyte_of_scores_allows(batch_size, num_keys, expected):
+    assert attention.block_size(batch_size=batch_size, num_heads=3, num_keys=num_keys) == expected

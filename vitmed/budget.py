@@ -71,30 +71,38 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     images = images or micro_batch_size(planned, device)
     whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
     waiting = (params + whole) * cost.BYTES_OF_A_PARAMETER if images < config.train.batch_size else 0
-    # Elsewhere than on a CPU blockwise attention takes a block of queries of all heads and images at once: scores and weights.
-    queries = min(attention.BLOCK, math.ceil(planned.num_tokens / sequence))
-    blockwise = planned.attention_form(device.platform) == "blockwise" and device.platform != "cpu"
-    per_image = 2 * architecture.num_heads * queries * planned.num_tokens * cost.BYTES_OF_A_SCORE
-    scores = math.ceil(images / split) * per_image if blockwise else 0
+    at_once, predicted = max(1, images // split), max(1, config.eval.batch_size // split)
     least, likely = cost.training_memory(
         num_params=params,
         activations=activations if keeps else activations._replace(attention_weights=0),
-        block_attention_weights=architecture.num_heads * planned.num_tokens**2 // sequence if keeps else 0,
+        block_attention_weights=_scores(planned, device, predicted) // predicted,
         num_tokens=math.ceil(planned.num_tokens / sequence),
         width=architecture.width,
-        batch_size=max(1, images // split),
-        eval_batch_size=max(1, config.eval.batch_size // split),
+        batch_size=at_once,
+        eval_batch_size=predicted,
         num_runs=len(planned.seeds),
         mapped=device.platform == "cpu",
         scanned=remat != "none",
         bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
         split_bytes=_resident_bytes(planned, device),
-        waiting_bytes=waiting + scores,
+        waiting_bytes=waiting + (0 if keeps else 2 * cost.BYTES_OF_A_SCORE * _scores(planned, device, at_once)),
     )
     if device.platform == "cpu":
         state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
         likely += PROCESS_BYTES + CHECKPOINT_COPIES * state + _image_bytes(planned) * sum(planned.description.num_examples.values())
     return cost.Memory(least, likely)
+
+
+def _scores(planned: planning.Experiment, device: machine.Device, images: int) -> int:
+    """Attention scores of a block of the network that are there at once, for so many images on a device."""
+    heads, num_keys = planned.network.architecture.num_heads, planned.num_tokens
+    queries = math.ceil(num_keys / max(1, planned.config.mesh.sequence))
+    form = planned.attention_form(device.platform)
+    if form == "plain":
+        return images * heads * queries * num_keys
+    if form == "cudnn" or device.platform == "cpu":  # a CPU takes one image's and head's block of queries at a time
+        return 0
+    return images * heads * num_keys * min(queries, attention.block_size(batch_size=images, num_heads=heads, num_keys=num_keys))
 
 
 def _image_bytes(planned: planning.Experiment) -> int:

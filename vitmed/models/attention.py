@@ -16,7 +16,8 @@ from vitmed import config
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 FORMS = ("auto", "plain", "blockwise", "cudnn")
-BLOCK = 512  # queries at a time
+# Queries at a time: as many as make this many scores of all images and heads (1 GB), within these bounds.
+SCORES, BLOCKS = 2**28, (64, 512)
 # On a CPU as many as make this many scores (2.5 MB, which caches hold), but no fewer than SMALLEST_BLOCK.
 CPU_SCORES, SMALLEST_BLOCK = 640_000, 128
 # From this many tokens on `blockwise` is taken: on a CPU because it is faster there, elsewhere because the weights of a batch of 64 with
@@ -58,12 +59,20 @@ def _plain_backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[j
 plain.defvjp(_plain_forward, _plain_backward)
 
 
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int = BLOCK, one_by_one: bool = False) -> jax.Array:
+def block_size(*, batch_size: int, num_heads: int, num_keys: int) -> int:
+    """How many queries `blockwise` takes at a time where all images and heads are one batch."""
+    least, most = BLOCKS
+    return max(least, min(most, SCORES // (batch_size * num_heads * num_keys)))
+
+
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int | None = None, one_by_one: bool = False) -> jax.Array:
     """[B, N, H, d] -> [B, N, H, d], at most `block` queries at a time and each block again in the backward pass: memory grows with N.
 
     With `one_by_one` the heads follow one another too, which suits a CPU's caches; else they are one batch, which fills an accelerator.
+    No `block` is `block_size`.
     """
     B, N, H, d = q.shape
+    block = block or block_size(batch_size=B, num_heads=H, num_keys=k.shape[1])
     block = -(-N // -(-N // block))  # as many blocks, as equal as can be
 
     @jax.checkpoint
