@@ -192,13 +192,14 @@ def test_memory_per_device_falls_with_each_axis(measured):
     assert given[1, 8, 1] - data < 0.25 * (given[ONE] - data)  # small and odd arrays are whole everywhere
     for mesh in ((8, 1, 1), (1, 1, 8)):
         assert given[mesh] == pytest.approx(given[ONE], rel=0.02)
-    for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)):
+    for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8)):
         assert besides[mesh] < 0.3 * besides[ONE], (mesh, besides)
 
 
-def test_memory_falls_with_sequence_where_attention_goes_block_by_block(measured):
-    (_, on_one), (_, on_eight) = measured["blockwise"]
-    assert on_eight < 0.35 * on_one
+def test_memory_falls_where_attention_goes_block_by_block(measured):
+    (_, on_one), *others = measured["blockwise"]
+    for _, on_eight in others:
+        assert on_eight < 0.35 * on_one
 
 
 def fake_mesh(data, fsdp):
@@ -280,7 +281,7 @@ if __name__ == "__main__":
         "pooled": pooled((2, 1, 4)),
         "pooled_on_one": pooled(ONE),
         "across": train_across((2, 2, 2), (1, 1, 8)),
-        "plain": [(mesh, memory(mesh, "plain")) for mesh in MESHES],
-        "blockwise": [memory(mesh, "blockwise") for mesh in (ONE, (1, 1, 8))],
+        "plain": [(mesh, memory(mesh, "plain")) for mesh in MESHES if mesh != BATCHED],
+        "blockwise": [memory(mesh, "blockwise") for mesh in (ONE, (8, 1, 1), (1, 1, 8))],
     }
     print(json.dumps(found))

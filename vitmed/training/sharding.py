@@ -130,15 +130,17 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def attention(mesh: Mesh, local: Attention, *, num_tokens: int) -> Attention:
-    """`local` attention (q, k, v [B, N, H, d]) with N split over `sequence`: each device has its queries and gathers keys and values.
+    """`local` attention (q, k, v [B, N, H, d]) on every device's own images and, with N split over `sequence`, its own queries.
 
-    The model fills its tokens up to a multiple of the axis; keys and values beyond `num_tokens` are cut off once gathered, so that nobody
-    attends to fillers, and what becomes of fillers as queries nobody looks at. Queries that do not divide (CLS alone, in the last block)
-    are computed on every device of the axis. Keys of another number of tokens (a pooling's) are not split.
+    Left to XLA's partitioner, a loop over images and heads would gather them all on every device. Where tokens are split, keys and values
+    are gathered: the model fills its tokens up to a multiple of the axis, those beyond `num_tokens` are cut off once gathered, so that
+    nobody attends to fillers, and what becomes of fillers as queries nobody looks at. Queries that do not divide (CLS alone, in the last
+    block) are computed on every device of the axis, as is what has keys of another number of tokens (a pooling).
     """
     parts = mesh.shape["sequence"]
+    images_parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     filled = num_tokens + -num_tokens % parts
-    if parts == 1:
+    if mesh.size == 1:
         return local
 
     def gathering(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -146,11 +148,15 @@ def attention(mesh: Mesh, local: Attention, *, num_tokens: int) -> Attention:
         return local(q, k, v)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if k.shape[1] != filled:
+        if q.shape[0] % images_parts:  # one image, from which parameters are made
             return local(q, k, v)
-        split = PartitionSpec(BATCH_AXES, "sequence")
-        of_queries = split if q.shape[1] == filled else PartitionSpec(BATCH_AXES)
-        # Replication is not checked: that every device of the axis computes the same for a lone query is not what JAX can infer.
-        return jax.shard_map(gathering, mesh=mesh, in_specs=(of_queries, split, split), out_specs=of_queries, check_vma=False)(q, k, v)
+        split = parts > 1 and k.shape[1] == filled
+        of_keys = PartitionSpec(BATCH_AXES, "sequence" if split else None)
+        of_queries = of_keys if q.shape[1] == k.shape[1] else PartitionSpec(BATCH_AXES)
+        # Replication is not checked: that every device of an axis computes the same for a lone query is not what JAX can infer.
+        mapped = jax.shard_map(
+            gathering if split else local, mesh=mesh, in_specs=(of_queries, of_keys, of_keys), out_specs=of_queries, check_vma=False
+        )
+        return mapped(q, k, v)
 
     return attend
