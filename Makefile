@@ -8,11 +8,13 @@ run: .venv/ready
 	$(RUN) -m vitmed.main --config=configs/quickstart.py --sweep --workdir=runs/quickstart
 	$(RUN) -m vitmed.report --workdir=runs/quickstart --out=runs/quickstart-report
 
+# Two processes, each with files of its own: most tests compile and so keep one core busy.
+PROCESSES ?= 2
 test: .venv/ready
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(PROCESSES) --dist loadfile -m "not slow"
 
 test-all: .venv/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(PROCESSES) --dist loadfile
 
 # Runs killed 50 times, and more than 10,000 damaged files; make torture SEED=7 repeats what another one drew.
 SEED ?= $(shell date +%s)
