@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from vitmed import cli, config, experiment
+from vitmed import cli, config, evaluate, experiment
+from vitmed.runs import folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 VIT2D, VIT3D = f"{ROOT}/configs/vit2d.py", f"{ROOT}/configs/vit3d.py"
@@ -214,3 +215,23 @@ def test_what_ends_a_command_becomes_one_line_and_its_exit_status(error, status,
 
     assert cli.run_cli(main, []) == status
     assert len(capsys.readouterr().err.splitlines()) == (1 if status in (1, 2) else 0)
+
+
+def test_every_field_that_was_added_has_the_value_of_what_was_before_it():
+    fields = config.flatten(config.load(VIT2D).to_dict())
+    assert {name: fields[name] for name in config.ADDED} == config.as_tuples(config.ADDED)
+    assert config.completed({"data": {"invert": True}, "other": 1}) == {"data": {"invert": True, "resize": 0}, "other": 1}
+
+
+def test_a_run_begun_before_a_field_existed_goes_on_and_is_evaluated(tmp_path, small_config):
+    now = small_config()
+    before = now.to_dict()
+    for name in config.ADDED:
+        section, _, field = name.partition(".")
+        del before[section][field]
+    run_folder = folder.RunFolder(tmp_path / "run")
+    run_folder.create(before)
+    run_folder.check(now.to_dict())
+    assert evaluate.restored_config(run_folder, None).data == now.data
+    with pytest.raises(config.InputError, match=r"model.kernel_size is \[0\] there, \[14\] here"):
+        run_folder.check(small_config(model__kernel_size="14").to_dict())

@@ -15,6 +15,17 @@ from typing import Any
 
 import ml_collections
 
+# Fields that configs did not always have, each with the value that does what was done before there was one: what older runs are read with.
+ADDED = {
+    "data.invert": False,
+    "data.resize": 0,
+    "model.attention": "auto",
+    "model.kernel_size": [0],
+    "model.position_resize": "bicubic",
+    "train.micro_batch_size": 0,
+    "train.remat": "auto",
+}
+
 
 class InputError(ValueError):
     """Wrong input: one line that says what came, what is allowed and how to mend it; exit status 2, nothing written."""
@@ -211,6 +222,16 @@ def as_tuples(nested: Mapping[str, Any]) -> dict[str, Any]:
     """A config read from JSON, its lists turned into the tuples that they were."""
     turned = {key: as_tuples(value) if isinstance(value, Mapping) else value for key, value in nested.items()}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in turned.items()}
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config read from JSON with the fields that were added after it was written; sections that it lacks it keeps lacking."""
+    complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    for name, value in ADDED.items():
+        section, _, field = name.partition(".")
+        if isinstance(complete.get(section), dict):
+            complete[section].setdefault(field, value)
+    return complete
 
 
 def conform(config: Mapping[str, Any], where: str) -> None:

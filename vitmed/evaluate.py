@@ -122,7 +122,7 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
 
 def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
     """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
-    stored = config_lib.as_tuples(run_folder.read_config())
+    stored = config_lib.as_tuples(config_lib.completed(run_folder.read_config()))
     config_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
     config.mesh.update(data=1, fsdp=1, sequence=1)

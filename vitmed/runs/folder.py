@@ -136,7 +136,8 @@ class RunFolder:
             files.write_whole(path, data, make_parent=make_parent)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (self.read_config(), config))
+        there, came = config_lib.completed(self.read_config()), config
+        there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (there, came))
         names = sorted(name for name in there.keys() | came.keys() if there.get(name) != came.get(name))
         shown = [f"{name} is {there.get(name, 'absent')} there, {came.get(name, 'absent')} here" for name in names[:SHOWN_DIFFERENCES]]
         more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
@@ -156,7 +157,7 @@ class RunFolder:
             self._write(self.config, data)
 
     def read_config(self) -> dict[str, Any]:
-        """Return the config that the run was started with (lists for tuples); InputError if absent or broken."""
+        """Return the config that the run was started with (lists for tuples), as written; InputError if absent or broken."""
         try:
             return files.parse_json(files.read(self.config), where=str(self.config))
         except FileNotFoundError as error:
