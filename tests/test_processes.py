@@ -21,7 +21,7 @@ LONGEST_SECONDS = 150  # for two processes to end by themselves
 # Parameters and moments lie in both processes, examples are read by the one that feeds them, and every chunk is followed by a checkpoint.
 SPREAD = {
     "model.variant": "vit_mini",
-    "train.epochs": "8",
+    "train.epochs": "6",
     "train.batch_size": "100",
     "train.checkpoint_seconds": "0",
     "seeds": "0,1",
@@ -47,6 +47,7 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
+MPIRUN_5 = {name: value for name, value in MPIRUN.items() if "uri" not in name}
 INDEXED_JOB = {"VITMED_COORDINATOR": "job-0.svc:9999", "VITMED_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}
 
 
@@ -57,19 +58,25 @@ INDEXED_JOB = {"VITMED_COORDINATOR": "job-0.svc:9999", "VITMED_NUM_PROCESSES": "
         (SRUN, {}, ("node07:61809", 8, 5, (1,))),
         (SRUN | {"SLURM_STEP_NODELIST": "a1,a2"}, {}, ("a1:61809", 8, 5, (1,))),
         (SRUN | {"CUDA_VISIBLE_DEVICES": "0"}, {}, ("node07:61809", 8, 5, None)),  # the task is shown its own GPU alone
-        (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1"}, {}, ("node07:61809", 8, 5, (1,))),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_GPUS_PER_TASK": "2"}, {}, ("node07:61809", 8, 5, None)),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {}, ("node07:61809", 8, 5, (2, 3))),
+        (SRUN | {"VITMED_COORDINATOR": "other:1"}, {}, ("other:1", 8, 5, (1,))),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"}, {}, ("node07:61809", 8, 5, None)),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, None),  # a sweep's task, one of many
         ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}, {}, None),  # a batch script
         (MPIRUN, {}, ("10.96.0.1:62624", 4, 3, (1,))),
         (MPIRUN | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, {}, None),
+        (MPIRUN_5 | {"VITMED_COORDINATOR": "h:1"}, {}, ("h:1", 4, 3, (1,))),
         (INDEXED_JOB, {}, ("job-0.svc:9999", 4, 2, None)),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}, {}, None),  # a pod of a sweep
         (SRUN, {"coordinator": "h:1", "num_processes": "2", "process_id": "1"}, ("h:1", 2, 1, None)),
         ({}, {"coordinator": "h:1", "num_processes": "1", "process_id": "0"}, None),
     ],
 )
-def test_the_processes_of_a_run_are_found(environ, flags, expected):
+def test_the_processes_of_a_run_are_found(environ, flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "NVIDIA", tmp_path)
+    for number in range(2):
+        (tmp_path / f"nvidia{number}").touch()
     found = cluster.detect(environ, **flags)
     assert (found and found[:4]) == expected
 
@@ -82,12 +89,34 @@ def test_the_processes_of_a_run_are_found(environ, flags, expected):
         ({}, {"coordinator": "h:1", "num_processes": "2", "process_id": "2"}, "process_id=2.*from 0"),
         ({}, {"coordinator": "h:1", "num_processes": "two", "process_id": "0"}, "num_processes=two"),
         ({"VITMED_COORDINATOR": "h:1"}, {}, "all three"),
-        ({name: value for name, value in MPIRUN.items() if "uri" not in name}, {}, "VITMED_COORDINATOR"),
+        (MPIRUN_5, {}, "VITMED_COORDINATOR"),
+        (MPIRUN_5, {"coordinator": "h"}, "coordinator=h: must be HOST:PORT"),
     ],
 )
 def test_processes_that_cannot_be_are_refused(environ, flags, words):
     with pytest.raises(config.InputError, match=words):
         cluster.detect(environ, **flags)
+
+
+@pytest.mark.parametrize(
+    ("environ", "metadata", "expected"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, {}, ("a:8476", 2, 1, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_WORKER_ID": "0"}, {}, None),
+        ({}, {"worker-network-endpoints": "x:0:10.0.0.2,y:1:10.0.0.3", "agent-worker-number": "1"}, ("10.0.0.2:8476", 2, 1, None)),
+        ({}, {"worker-network-endpoints": "10.0.0.2", "agent-worker-number": "0"}, None),
+        ({}, {}, None),  # a notebook's TPU
+        ({"JAX_PLATFORMS": "cpu", "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, {}, None),
+        ({"JAX_PLATFORMS": "tpu,cpu", "TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, {}, ("a:8476", 2, 1, None)),
+    ],
+)
+def test_the_hosts_of_a_tpu_are_found(environ, metadata, expected, tmp_path, monkeypatch):
+    (tmp_path / "accel0").touch()
+    monkeypatch.setattr(cluster, "CHIPS", tmp_path)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(cluster, "_metadata", lambda name: metadata.get(name, ""))
+    found = cluster.detect(environ)
+    assert (found and found[:4]) == expected
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_place(monkeypatch):
@@ -174,7 +203,7 @@ def test_two_processes_one_killed_then_one_stopped_give_what_one_process_gives(a
     wait_for_epochs(workdir, 2)
     pair.take_away(1)
     statuses, said = pair.wait()
-    assert statuses == [1, -signal.SIGKILL]
+    assert statuses == [75, -signal.SIGKILL]
     assert len(said[0]) == 1
     assert "process 0 of 2" in said[0][0]
     assert processes.LOST_TEXT in said[0][0]
@@ -210,7 +239,43 @@ def test_a_finished_run_is_shown_and_a_batch_that_one_process_alone_can_take_is_
     assert statuses == [2, 2]
     assert "mesh.data=1" in said[0][0]
     assert "1 of the 2 processes" in said[0][0]
+    assert said[1] == []  # it is said once
     assert not (tmp_path / "refused").exists()
+
+
+def together(tmp_path, code):
+    """Exit statuses and words of two processes that run the same lines, with `me` 0 and 1."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\nfrom vitmed import cli, config\nfrom vitmed.runs import cluster, processes\nme = int(sys.argv[1])\n"
+        f"found = cluster.detect({{}}, coordinator='localhost:{free_port()}', num_processes='2', process_id=str(me))\n"
+        f"def work():\n    {code}\n"
+        "def main(argv):\n    with processes.together(found):\n        work()\n    return 0\n"
+        "processes.leave(cli.run_cli(main, []))\n"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "VITMED_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS), "PYTHONPATH": str(ROOT)}
+    pair = [
+        subprocess.Popen([sys.executable, script, str(me)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for me in range(2)
+    ]
+    said = [process.communicate(timeout=LONGEST_SECONDS)[1] for process in pair]
+    return [process.returncode for process in pair], said
+
+
+@pytest.mark.parametrize(
+    ("code", "statuses", "speaker"),
+    [
+        ("time.sleep(me); processes.by_main(lambda: 1 / 0 if me else config.require(False, 'x', 1, 'two'))", [2, 2], 0),
+        ("processes.by_all(lambda: config.require(me == 0, 'x', 1, 'two')) if not time.sleep(1 - me) else None", [2, 2], 1),
+        ("processes.same('data', str(me)) if not time.sleep(me) else None", [2, 2], 1),
+    ],
+)
+def test_an_error_ends_all_processes_and_is_said_once(tmp_path, code, statuses, speaker):
+    """However late one of them comes to it: nobody takes the others for lost."""
+    found, said = together(tmp_path, code)
+    assert found == statuses, said
+    assert "vitmed: " in said[speaker]
+    assert "vitmed: " not in said[1 - speaker]
 
 
 @pytest.mark.slow
@@ -220,7 +285,7 @@ def test_a_process_that_gives_no_sign_of_life_ends_the_others(tmp_path):
     wait_for_epochs(workdir, 1)
     started = time.monotonic()
     pair.take_away(1, signal.SIGSTOP)
-    assert pair.processes[0].wait(LONGEST_SECONDS) == 1
+    assert pair.processes[0].wait(LONGEST_SECONDS) == 75
     assert time.monotonic() - started < 4 * HEARTBEAT_SECONDS
     pair.take_away(1)
     _, said = pair.wait()
@@ -235,11 +300,12 @@ def test_a_folder_in_use_is_refused_in_all_processes(alone, tmp_path):
     with guard.lock(workdir):
         statuses, said = Pair(workdir, tmp_path / "log").wait()
     assert statuses == [1, 1]
-    assert all("in use" in lines[-1] for lines in said)
+    assert "in use" in said[0][-1]
+    assert said[1] == []
 
 
 @pytest.mark.parametrize(
-    ("seconds", "status", "words"), [("2", 1, processes.LOST_TEXT), ("soon", 2, "VITMED_JOINING_SECONDS=soon: must be")]
+    ("seconds", "status", "words"), [("2", 75, processes.LOST_TEXT), ("soon", 2, "VITMED_JOINING_SECONDS=soon: must be")]
 )
 def test_a_process_that_nobody_joins_ends(tmp_path, seconds, status, words):
     command = [sys.executable, "-m", "vitmed.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]

@@ -150,7 +150,8 @@ def test_the_status_is_read_from_the_folders_alone(tmp_path, capsys, monkeypatch
     assert rows["seeds"] == "done: failed seeds 1"
     assert rows["running"].startswith(f"running: process {os.getpid()} on ")
     assert rows["failed"] == "failed: exit status 2: no data"
-    assert rows["broken"].startswith(f"failed: {tmp_path}/broken/result.json is")
+    assert rows["broken"].startswith("failed:")
+    assert "broken/result.jsonisbroken" in re.sub(r"[│\s]", "", out)  # however the table folds it
     assert rows["waiting"] == "waiting"
     # The two that are done took 10 s each and 2 s of compilation, and so will the two that are left.
     assert out.splitlines()[-1] == "2 of 6 points done, 1 running, 2 failed, 1 waiting; at most 24 s of one device's time left"

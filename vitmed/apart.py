@@ -26,7 +26,8 @@ def run(command: Sequence[str], *, stdout: int | None = subprocess.DEVNULL) -> t
 
     with tempfile.TemporaryFile() as words:
         environment = os.environ | {cli.LAST_WORDS: str(words.fileno())}
-        former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        passed_on = [one for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]  # nohup
+        former = {signum: signal.signal(signum, forward) for signum in passed_on}
         try:
             # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
             child = subprocess.Popen(command, stdout=stdout, start_new_session=True, env=environment, pass_fds=[words.fileno()])

@@ -58,6 +58,8 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return main(argv)
     except config.InputError as error:
         return _complain(error, 2)
+    except config.LostError as error:
+        return _complain(error, 75)
     except config.MachineError as error:
         return _complain(error, 1)
     except MemoryError as error:
@@ -76,7 +78,8 @@ def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 def _complain(message: object, status: int) -> int:
     line = config.one_line(message)
-    print(f"vitmed: {line}", file=sys.stderr)
+    if not getattr(message, "told", False):  # process 0 of the run says it for all
+        print(f"vitmed: {line}", file=sys.stderr)
     with contextlib.suppress(KeyError, ValueError, OSError):
         os.write(int(os.environ[LAST_WORDS]), line.encode())
     return status

@@ -45,6 +45,10 @@ class MachineError(RuntimeError):
     """Trouble of the machine, not of the input (disk full, folder locked, no network): one line; exit status 1."""
 
 
+class LostError(MachineError):
+    """Another process of the run has ended, or the network has failed: one line; exit status 75, run it again."""
+
+
 class Stopped(BaseException):
     """A signal asked the run to stop; `signum` is the signal. Like KeyboardInterrupt it is no Exception: nothing may swallow it."""
 

@@ -7,12 +7,15 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from vitmed import budget, planning
 from vitmed import config as config_lib
@@ -130,41 +133,76 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
 
     Devices, data and weights are looked at before anything is written. Raises config.Stopped after a signal, with the state saved.
     """
-    config, mesh = experiment.config, experiment.mesh
-    sharding.check_processes(mesh)
-    dataset = processes.main_first(experiment.load)
-    schedule = step_plan(experiment, len(dataset.splits["train"].labels))
-    start, report = _start(experiment, run_folder)
-    processes.by_main(lambda: run_folder.create(config.to_dict()))
-    machine.cache_programs()
-    with contextlib.ExitStack() as held, guard.Signals() as signals, machine.memory_errors():
+    config = experiment.config.to_dict()
+    processes.by_all(lambda: sharding.check_processes(experiment.mesh))
+    with contextlib.ExitStack() as held:
+        signals = guard.Signals()
+        if processes.count() > 1:  # of one alone, a signal may end it at once as long as there is nothing to save
+            held.enter_context(signals)
+        dataset, start, report = _inputs(experiment, run_folder)
+        signals.check()
+        processes.by_main(lambda: run_folder.create(config))
+        machine.cache_programs()
         processes.by_main(lambda: held.enter_context(guard.lock(run_folder.path)))
-        run_folder.check(config.to_dict())  # again, now that nobody else can write there
+        if processes.count() == 1:
+            held.enter_context(signals)
+        held.enter_context(machine.memory_errors())
+        run_folder.check(config)  # again, now that nobody else can write there
         if (finished := processes.by_main(run_folder.read_result)) is not None:
             return finished
         run_folder.tidy()
         if not _begun(run_folder):
             run_folder.write_model(experiment.network.record(report))
-        outcome = loop.train(
-            recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
-            plan=schedule,
-            dataset=dataset,
-            run_folder=run_folder,
-            signals=signals,
-            learning_rate=learning_rate(experiment, steps_per_epoch=schedule.steps_per_epoch),
-            checkpoint_seconds=config.train.checkpoint_seconds,
-            evaluation_batch_size=config.eval.batch_size,
-            placement=config.data.placement,
-            label=experiment.label,
-            start=start,
-        )
-        for split, predictions in outcome.predictions.items():
-            labels = dataset.splits[split].labels
-            run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-        write_weights(experiment, run_folder, outcome)
-        record = result(experiment, dataset, outcome)
-        run_folder.write_result(record)
+        record = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
         processes.most(0)  # process 0 has written it before any other ends, or goes on to a sweep's next point
+    return record
+
+
+def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, Any, Any]:
+    """The data, and parameters and report as `_start` gives them; InputError where the processes of a run have not the same."""
+    dataset = processes.main_first(experiment.load)
+    start, report = processes.by_all(lambda: _start(experiment, run_folder))
+    if processes.count() > 1:
+        processes.same("settings", folder.digest(experiment.config.to_dict()))
+        processes.same("data", _digest(array for split in dataset.splits.values() for array in (split.images, split.labels)))
+        processes.same("pretrained weights", _digest(jax.tree.leaves(start)))
+    return dataset, start, report
+
+
+def _digest(arrays: Iterable[Any]) -> str:
+    """SHA-256 of arrays, in order."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.shape} {array.dtype}".encode())
+        sha.update(np.ascontiguousarray(array).data)
+    return sha.hexdigest()
+
+
+def _train(
+    experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, signals: guard.Signals, start: Any
+) -> dict[str, Any]:
+    """Train, and write what a finished run leaves."""
+    config = experiment.config
+    schedule = step_plan(experiment, len(dataset.splits["train"].labels))
+    outcome = loop.train(
+        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
+        plan=schedule,
+        dataset=dataset,
+        run_folder=run_folder,
+        signals=signals,
+        learning_rate=learning_rate(experiment, steps_per_epoch=schedule.steps_per_epoch),
+        checkpoint_seconds=config.train.checkpoint_seconds,
+        evaluation_batch_size=config.eval.batch_size,
+        placement=config.data.placement,
+        label=experiment.label,
+        start=start,
+    )
+    for split, predictions in outcome.predictions.items():
+        labels = dataset.splits[split].labels
+        run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
+    write_weights(experiment, run_folder, outcome)
+    record = result(experiment, dataset, outcome)
+    run_folder.write_result(record)
     return record
 
 

@@ -41,7 +41,7 @@ def make_parser() -> cli.Parser:
 
 def main(argv: Sequence[str]) -> int:
     """Run one point or all of a sweep, or list them; the exit status."""
-    if cli.LAST_WORDS in os.environ:  # a sweep started this process
+    if cli.LAST_WORDS in os.environ:  # a sweep, or what watches a process of several, started this one
         guard.end_with_parent()
     flags, overrides = cli.parse_flags(make_parser(), argv)
     of_sweep = flags.sweep or flags.list
@@ -63,7 +63,7 @@ def run_watched(argv: Sequence[str], found: cluster.Cluster) -> int:
     """Run this same command in a process of its own: JAX aborts it where another process of the run is lost, and somebody must say so."""
     status, _ = apart.run([sys.executable, "-m", "vitmed.main", *argv], stdout=None)
     if status < 0:
-        raise processes.lost(found)
+        raise processes.ended(found, status)
     return status
 
 
@@ -72,11 +72,12 @@ def run(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
     from vitmed import experiment, forecast  # here, since JAX takes a second to import, and until signals are handled one would kill
     from vitmed.runs import machine
 
-    config = config_lib.load(spec, overrides)
+    config = processes.by_all(lambda: config_lib.load(spec, overrides))
     run_folder = folder.RunFolder(workdir, writes=processes.is_main())
     result = processes.by_main(lambda: experiment.finished(config, run_folder))
     if result is None:
-        planned = experiment.plan(config, experiment.recorded_network(run_folder))
+        recorded = experiment.recorded_network(run_folder)
+        planned = processes.by_all(lambda: experiment.plan(config, recorded))
         device = machine.device()
         processes.by_main(lambda: forecast.require_fit(planned, device))
         result = experiment.run(planned, run_folder)

@@ -52,7 +52,7 @@ class Sweep:
     @property
     def speaks(self) -> bool:
         """Whether this is the process of a team that records failures and prints tables."""
-        return self.team is None or not self.team.process_id
+        return self.team is None or self.team.process_id == 0
 
 
 def read(spec: str, overrides: Mapping[str, str], *, selection: str | Collection[str] | None, root: pathlib.Path | None) -> Sweep:
@@ -185,14 +185,14 @@ def run_each(sweep: Sweep) -> int:
     for index, entry in enumerate(sweep.entries):
         if results[index] is not None:
             continue
-        if fault := _held(sweep, entry):
+        if sweep.team is None and (fault := _held(entry)):  # of a team, process 0's part of the run looks when all have met
             faults[entry.name] = fault
             continue
         print(f"vitmed: {entry.name}, {index + 1} of {len(sweep.entries)}", file=sys.stderr)
         status, said = _run_point(sweep, entry)
         results[index] = entry.run_folder.read_result()
         if results[index] is None:
-            faults[entry.name] = _held(sweep, entry) or _record(entry.run_folder, status, said, writes=sweep.speaks)
+            faults[entry.name] = _held(entry) or _record(entry.run_folder, status, said, writes=sweep.speaks)
         _say_progress(sweep.entries, results, faults)
     if any(results) and sweep.speaks:
         named = {entry.name: result for entry, result in zip(sweep.entries, results, strict=True) if result}
@@ -206,18 +206,23 @@ def run_each(sweep: Sweep) -> int:
 
 
 def _run_point(sweep: Sweep, entry: Entry) -> tuple[int, str]:
-    """(exit status, what it complained of); MachineError where a process of the team was lost, and all points would be with it."""
+    """(exit status, what it complained of); LostError or MachineError where a process of the team, or this one's own, was ended.
+
+    The others of the team do not go on to the next point then. What a signal has ended is recorded, so that it need not end the next call.
+    """
     given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
     given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
     status, said = apart.run([sys.executable, "-m", "vitmed.main", *given, *cluster.flags(sweep.team)])
-    if sweep.team is not None and (status < 0 or processes.LOST_TEXT in said):
-        raise processes.lost(sweep.team)
+    if sweep.team is not None and status < 0:
+        if status != -signal.SIGABRT:
+            _record(entry.run_folder, status, said)
+        raise processes.ended(sweep.team, status)
     return status, said
 
 
-def _held(sweep: Sweep, entry: Entry) -> str | None:
-    """Say who else has the folder of a point; None where nobody does, and to a team, whose process 0 looks when all have met."""
-    holder = guard.holder(entry.run_folder.path) if sweep.team is None else None
+def _held(entry: Entry) -> str | None:
+    """Say who else has the folder of a point; None where nobody does."""
+    holder = guard.holder(entry.run_folder.path)
     return holder and f"{entry.run_folder.path} is in use by {holder}; left to it"
 
 

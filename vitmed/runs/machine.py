@@ -94,8 +94,12 @@ def versions() -> dict[str, str]:
 def cache_programs() -> None:
     """Keep compiled programs in the user's cache folder, so that the second run of a model starts at once.
 
-    JAX_COMPILATION_CACHE_DIR names another folder. Processors with other instruction sets that share a home do not share programs.
+    JAX_COMPILATION_CACHE_DIR names another folder. Processors with other instruction sets that share a home do not share programs. Several
+    processes on GPUs keep none: one that finds its program does not compile it, and those that do wait for its share of the autotuning.
     """
+    if processes.count() > 1 and jax.default_backend() == "gpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir is None:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         if not root.is_absolute():  # a user without a home, as in many containers

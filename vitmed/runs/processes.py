@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -25,35 +26,42 @@ SECONDS = {"VITMED_HEARTBEAT_SECONDS": 60, "VITMED_JOINING_SECONDS": 300}
 LOST = re.compile(r"Gloo|NCCL|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
 LOST_TEXT = "another process of this run has ended or never came, or the network has failed; run the same command again to go on"
 
+_joined = False
 _failed = False  # whether an error ended this process's part, so that it must not wait for the others
 
 
 @contextlib.contextmanager
 def together(cluster: clusters.Cluster | None) -> Iterator[None]:
-    """Join the other processes before JAX is used; MachineError where they do not come, or where one is lost within the context."""
-    global _failed
+    """Join the other processes before JAX is used; LostError where they do not come, or where one is lost within the context."""
+    global _joined, _failed
     if cluster is None:
         yield
         return
     try:
         _join(cluster)
+        _joined = True
         yield
     except config.Stopped:  # all have agreed to stop
         raise
     except (RuntimeError, ValueError) as error:
+        if getattr(error, "agreed", False):  # all end by it, and may wait for each other
+            raise
         _failed = True
         cause = error.__cause__ if isinstance(error, config.InputError | config.MachineError) else error
         if cause is None or not LOST.search(str(cause)):
             raise
-        raise config.MachineError(f"{cluster}: {LOST_TEXT} ({config.one_line(cause)[:200]})") from error
+        raise config.LostError(f"{cluster}: {LOST_TEXT} ({config.one_line(cause)[:200]})") from error
     except BaseException:
         _failed = True
         raise
 
 
-def lost(cluster: clusters.Cluster) -> config.MachineError:
-    """What to say of a process that JAX has ended since another one gives no sign of life."""
-    return config.MachineError(f"{cluster}: {LOST_TEXT}")
+def ended(cluster: clusters.Cluster, status: int) -> config.MachineError:
+    """What to say of a process that a signal has ended: JAX aborts one whose peers give no sign of life."""
+    if status == -signal.SIGABRT:
+        return config.LostError(f"{cluster}: {LOST_TEXT}")
+    name = signal.Signals(-status).name
+    return config.MachineError(f"{cluster}: killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}")
 
 
 def _join(cluster: clusters.Cluster) -> None:
@@ -63,9 +71,6 @@ def _join(cluster: clusters.Cluster) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which is ours
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # two programs at once could meet their peers' in another order
     settings = {"initialization_timeout": joining, "heartbeat_timeout_seconds": heartbeat, "shutdown_timeout_seconds": heartbeat}
-    if cluster.num_processes is None:
-        jax.distributed.initialize(**settings)
-        return
     settings |= {"cluster_detection_method": "deactivate", "local_device_ids": cluster.local_devices}
     jax.distributed.initialize(cluster.coordinator, cluster.num_processes, cluster.process_id, **settings)
 
@@ -86,9 +91,8 @@ def leave(status: int) -> NoReturn:
 
 
 def count() -> int:
-    """How many processes make this run."""
-    jax = sys.modules.get("jax")  # nobody joins others without it
-    return jax.process_count() if jax is not None and jax.distributed.is_initialized() else 1
+    """How many processes make this run; does not touch the devices of one that is alone."""
+    return sys.modules["jax"].process_count() if _joined else 1
 
 
 def is_main() -> bool:
@@ -127,18 +131,53 @@ def by_main(function: Callable[[], T]) -> T:
             outcome = {"error": type(error).__name__, "said": str(error)}
     outcome = _told(outcome)
     if "error" in outcome:
-        kind = config.MachineError if outcome["error"] == "MachineError" else config.InputError
-        raise kind(outcome["said"])
+        raise _agreed(getattr(config, outcome["error"], config.InputError)(outcome["said"]), told=not is_main())
     return outcome["value"]
+
+
+def by_all(function: Callable[[], T]) -> T:
+    """What a function gives in each process; where it raises InputError or MachineError in one of them, all end by it."""
+    if count() == 1:
+        return function()
+    result, fault = None, None
+    try:
+        result = function()
+    except (config.InputError, config.MachineError) as error:
+        fault = error
+    me = sys.modules["jax"].process_index()
+    # Who speaks is the first that has something to say; what kind of error it is decides how all end.
+    first, is_machines = divmod(least(2 * (me if fault else count()) + isinstance(fault, config.MachineError)), 2)
+    if fault is not None:
+        raise _agreed(fault, told=first != me)
+    if first < count():
+        kind = config.MachineError if is_machines else config.InputError
+        raise _agreed(kind(f"process {first} has ended the run, and says why"), told=True)
+    return result
+
+
+def same(what: str, content: str) -> None:
+    """InputError in all processes where what should be the same is not: they would train on a mixture."""
+
+    def check() -> None:
+        if content != expected:
+            raise config.InputError(
+                f"process {sys.modules['jax'].process_index()} has other {what} than process 0; give all the same files"
+            )
+
+    expected = by_main(lambda: content)
+    by_all(check)
+
+
+def _agreed(error: Exception, *, told: bool) -> Exception:
+    """An error that ends all processes, of which those that are `told` need not say it."""
+    error.agreed, error.told = True, told
+    return error
 
 
 def main_first(function: Callable[[], T]) -> T:
     """What a function gives in each process, called by process 0 first: where it downloads, the others find what is there."""
-    if count() == 1:
-        return function()
-    result = function() if is_main() else None
-    most(0)
-    return result if is_main() else function()
+    result = by_all(lambda: function() if is_main() else None)
+    return by_all(lambda: result if is_main() else function())
 
 
 def _told(outcome: dict[str, Any]) -> dict[str, Any]:

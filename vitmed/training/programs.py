@@ -142,9 +142,12 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
 
 
 def whole(recipe: Recipe, arrays: Any) -> Any:
-    """Arrays of the state on the host, wherever their parts lie; all processes of a run must ask."""
-    gathered = jax.jit(lambda arrays: arrays, out_shardings=sharding.replicated(recipe.mesh))(arrays)
-    return jax.tree.map(np.asarray, gathered)
+    """Arrays of the state on the host, wherever their parts lie; all processes of a run must ask.
+
+    What other processes hold is gathered one array at a time: all of them may not fit a device.
+    """
+    gather = jax.jit(lambda array: array, out_shardings=sharding.replicated(recipe.mesh))
+    return jax.tree.map(lambda array: np.asarray(array if array.is_fully_addressable else gather(array)), arrays)
 
 
 def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarray, int], step.Best]:

@@ -148,9 +148,9 @@ def attention(mesh: Mesh, local: Attention, *, num_tokens: int) -> Attention:
         return local(q, k, v)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        if q.shape[0] % images_parts:  # one image, from which parameters are made
-            return local(q, k, v)
         split = parts > 1 and k.shape[1] == filled
+        if q.shape[0] % images_parts:  # such as one image, from which parameters are made
+            return local(q, k[:, :num_tokens], v[:, :num_tokens]) if split else local(q, k, v)
         of_keys = PartitionSpec(BATCH_AXES, "sequence" if split else None)
         of_queries = of_keys if q.shape[1] == k.shape[1] else PartitionSpec(BATCH_AXES)
         # Replication is not checked: that every device of an axis computes the same for a lone query is not what JAX can infer.
