@@ -140,7 +140,7 @@ class Pair:
 
     def __init__(self, workdir, log, *, config="configs/quickstart.py:patch=14", extra=(), **overrides):
         self._logs = [log.with_name(f"{log.name}-{index}") for index in range(2)]
-        flags = [f"--config.{field}={value}" for field, value in (SPREAD | overrides).items()]
+        flags = [f"--config.{field}={value}" for field, value in (SPREAD | overrides).items() if value is not None]
         meeting = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
         command = [sys.executable, "-W", "error", "-m", "vitmed.main", f"--config={config}", f"--workdir={workdir}", *extra]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "VITMED_HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS)}
@@ -318,16 +318,20 @@ def test_a_process_that_nobody_joins_ends(tmp_path, seconds, status, words):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_processes_goes_through_its_points_together(tmp_path):
+def test_a_sweep_of_two_processes_goes_through_its_points_together_past_one_that_fails(tmp_path):
     (tmp_path / "own.py").write_text(
         "from vitmed import config as config_lib\n"
-        "def get_config(arg=''):\n    return config_lib.from_file('configs/quickstart.py', arg)\n"
-        "def sweep():\n    return [{'patch': '14'}, {'patch': '28'}]\n"
+        "def get_config(arg=''):\n"
+        "    config = config_lib.from_file('configs/quickstart.py', arg)\n"
+        "    config.train.batch_size = 25 if arg == 'patch=28' else 100\n"  # one process alone can take 25
+        "    return config\n"
+        "def sweep():\n    return [{'patch': '28'}, {'patch': '14'}]\n"
     )
     root = tmp_path / "root"
-    overrides = {"train.epochs": "1", "model.variant": "vit_micro", "mesh.fsdp": "1", "mesh.data": "2", "train.checkpoint_seconds": "60"}
+    overrides = {"train.epochs": "1", "model.variant": "vit_micro", "mesh.fsdp": "1", "mesh.data": "-1", "train.batch_size": None}
     pair = Pair(root, tmp_path / "log", config=f"{tmp_path / 'own.py'}", extra=["--sweep"], **overrides)
-    statuses, _ = pair.wait()
-    assert statuses == [0, 0]
-    assert [json.loads((root / name / "result.json").read_text())["device"][-3:] for name in ("patch14", "patch28")] == ["x 2", "x 2"]
-    assert not list(root.rglob("failure.json"))
+    statuses, said = pair.wait()
+    assert statuses == [1, 1], said
+    assert "1 of the 2 processes" in json.loads((root / "patch28/failure.json").read_text())["said"]
+    assert json.loads((root / "patch14/result.json").read_text())["device"].endswith("x 2")
+    assert [path.parent.name for path in root.rglob("failure.json")] == ["patch28"]
