@@ -186,3 +186,15 @@ def test_a_cluster_that_does_not_answer_is_trouble_of_the_machine(cluster, tmp_p
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("vitmed: sinfo --noheader")
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_step_make_one_run(cluster, tmp_path):
+    workdir = tmp_path / "run"
+    small = ["--config.model.variant=vit_micro", "--config.train.epochs=1", "--config.train.batch_size=250", "--config.mesh.data=2"]
+    run = [sys.executable, "-m", "vitmed.main", f"--config={ROOT}/configs/quickstart.py:patch=28", f"--workdir={workdir}", *small]
+    command = ["srun", "--ntasks=2", *run]
+    done = subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "result.json").read_text())["device"].endswith(" x 2")
+    assert done.stdout.count("balanced accuracy") == 1  # process 0 speaks for both
