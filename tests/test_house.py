@@ -15,7 +15,7 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"apart", "budget", "cli", "experiment", "forecast", "planning", "sweep"}  # what the CLIs are made of
+TOP = {"apart", "budget", "cli", "experiment", "forecast", "network", "planning", "sweep"}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),

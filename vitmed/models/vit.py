@@ -48,7 +48,7 @@ def convolve(images: jax.Array, kernel: jax.Array, *, stride: tuple[int, ...]) -
     places = (0, rank + 1, *range(1, rank + 1))
     numbers = jax.lax.ConvDimensionNumbers(places, (rank + 1, rank, *range(rank)), places)
     tokens = jax.lax.conv_general_dilated(images, kernel, window_strides=stride, padding="VALID", dimension_numbers=numbers)
-    return tokens.reshape(len(images), -1, kernel.shape[-1])
+    return tokens.reshape(images.shape[0], -1, kernel.shape[-1])  # not len: an exported batch is a symbol
 
 
 class PatchEmbed(nn.Module):

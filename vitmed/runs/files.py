@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,3 +121,35 @@ def check_folder(path: pathlib.Path, refused: str) -> None:
         raise config_lib.InputError(f"{refused}: {nearest} is a file where a folder should be; choose another")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise config_lib.InputError(f"{refused}: {nearest} is not writable; choose another")
+
+
+def write_folder(path: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Make a folder that holds these files, all of them or none; a path that exists is an empty folder. MachineError if it cannot."""
+    path = pathlib.Path(os.path.realpath(path))
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            temporary.mkdir()
+            for name, data in contents.items():
+                write_whole(temporary / name, data)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise config_lib.MachineError(
+            f"{path} could not be written: {error.strerror or error}; mend that and run the same command again"
+        ) from error
+
+
+def check_new_folder(path: pathlib.Path, refused: str) -> None:
+    """InputError that begins with `refused`, and nothing written, unless `write_folder` can make the path: absent, or an empty folder."""
+    check_folder(path, refused)
+    real = pathlib.Path(os.path.realpath(path))
+    check_folder(real.parent, refused)
+    if real.is_dir() and any(real.iterdir()):
+        raise config_lib.InputError(f"{refused}: it exists and is not empty; name a new folder")
+    if real.is_mount():
+        raise config_lib.InputError(f"{refused}: it is a mount point, which cannot be replaced as a whole; name a folder within it")
