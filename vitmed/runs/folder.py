@@ -136,8 +136,8 @@ class RunFolder:
             files.write_whole(path, data, make_parent=make_parent)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        there, came = config_lib.completed(self.read_config()), config
-        there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in (there, came))
+        configs = (config_lib.completed(self.read_config()), config_lib.completed(config))
+        there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in configs)
         names = sorted(name for name in there.keys() | came.keys() if there.get(name) != came.get(name))
         shown = [f"{name} is {there.get(name, 'absent')} there, {came.get(name, 'absent')} here" for name in names[:SHOWN_DIFFERENCES]]
         more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
