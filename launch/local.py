@@ -93,7 +93,8 @@ def run(commands: Mapping[int, list[str]], free: list[str | None], folder: pathl
         for task in running.values():
             task.process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
-    former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    passed_on = [one for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]  # nohup
+    former = {signum: signal.signal(signum, forward) for signum in passed_on}
     try:
         while running or (waiting and not received):
             while waiting and free and not received:

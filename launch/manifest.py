@@ -7,8 +7,9 @@ What engines (see launch/sweep.py) put into their files comes from here too: `ta
 """
 
 import dataclasses
-import math
 import pathlib
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from vitmed.runs import files
 VERSION = 1
 FILE_NAME = "manifest.json"
 PACK = 0.25
+LONGEST_FAULT = 400
+NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # what vitmed/study/points.py makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +107,24 @@ def write(manifest: Manifest, workdir: pathlib.Path) -> None:
     files.write_whole(workdir / FILE_NAME, text(manifest).encode())
 
 
-def read(path: pathlib.Path) -> Manifest:
-    """The manifest in a file; FileNotFoundError where there is none, InputError that names the fault where it is nonsense."""
+def read(path: pathlib.Path, *, runs: bool = True) -> Manifest:
+    """The manifest in a file; FileNotFoundError where there is none, InputError that names the fault where it is nonsense.
+
+    Unless its points are only looked at, and not run, its config must be there.
+    """
     said = files.parse_json(files.read(path), where=str(path))
     fault = _fault(said)
-    if fault is None:
+    if fault is None and runs:
         try:
             config_lib.find_file(said["config"])
-        except config_lib.InputError as error:
+        except (config_lib.InputError, OSError) as error:  # OSError: a name that is too long
             fault = str(error)
     if fault is not None:
-        raise config_lib.InputError(f"{path}: {fault}; restore it from a copy, or remove it and give the command of the sweep again")
+        fault = config_lib.one_line(fault)
+        fault = fault if len(fault) < LONGEST_FAULT else f"{fault[:LONGEST_FAULT]} ..."
+        raise config_lib.InputError(
+            f"{path}: {fault}; restore it from a copy, or, where no task of it waits or runs, remove it and give the sweep's command again"
+        )
     points = tuple(Point(**{name: kind(point[name]) for name, kind in POINT.items()}) for point in said["points"])
     return Manifest(said["config"], said["overrides"], points, tuple(map(tuple, said["tasks"])), float(said["pack"]))
 
@@ -134,8 +144,8 @@ def _fault(said: Mapping[str, Any]) -> str | None:
     for number, point in enumerate(said["points"]):
         if fault := _field_fault(point, POINT, f"points[{number}]"):
             return fault
-        if not point["name"] or pathlib.PurePath(point["name"]).parts != (point["name"],) or point["name"] == "..":
-            return f"points[{number}]: {point['name']!r} is no folder's name"
+        if not NAME.fullmatch(point["name"]) or point["name"] in ("launch", FILE_NAME):
+            return f"points[{number}]: {point['name'][:40]!r} is no name of a point's folder"
     names = [point["name"] for point in said["points"]]
     for number, task in enumerate(said["tasks"]):
         if not isinstance(task, list) or not all(isinstance(name, str) for name in task):
@@ -158,8 +168,8 @@ def _field_fault(value: Any, fields: Mapping[str, type], where: str) -> str | No
     for name, kind in fields.items():
         item = value[name]
         if kind is float:
-            if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item) or item < 0:
-                return f"{where}: {name} is {item!r}; it must be a number, at least 0"
+            if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item <= sys.float_info.max:  # nor NaN
+                return f"{where}: {name} is {repr(item)[:40]}; it must be a number, at least 0"
         elif type(item) is not kind:
             return f"{where}: {name} is {type(item).__name__}; it must be {kind.__name__}"
     return None

@@ -40,7 +40,7 @@ unset "${{!SLURM_STEP_@}}"  # of a step from which this was submitted
 stopped=
 child=
 trap 'stopped=1; interrupted=1; if [ -n "$child" ]; then kill -TERM "$child"; fi' TERM
-{setup}
+{{ {setup}; }} || {{ echo "the command of --setup has failed" >&2; exit 1; }}
 {task} &
 child=$!
 if [ -n "$stopped" ]; then kill -TERM "$child"; fi
@@ -54,9 +54,12 @@ if [ -n "$stopped" ] && [ "$status" -eq 143 ]; then status=75; fi  # it came bef
 # 75: stopped, its state is saved. A job that was cancelled, or requeued by others, is not running any more by now.
 # Named by array and index: the plain number of one of them stands for all.
 job="${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-if [ "$status" -eq 75 ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
-    scontrol requeue "$job"
-fi
+for _ in 1 2 3 4 5; do # a busy controller may not answer at once
+    [ "$status" -eq 75 ] || break
+    state=$(squeue --noheader --jobs="$job" --format=%T) || {{ sleep 5; continue; }}
+    if [ "$state" != RUNNING ] || scontrol requeue "$job"; then break; fi
+    sleep 5
+done
 exit "$status"
 """
 
@@ -95,7 +98,7 @@ def render(manifest: manifest_lib.Manifest, options: argparse.Namespace) -> dict
     setup = options.setup or ":"
     return {
         ARRAY: SCRIPT.format(directives=_directives(_array(options)), setup=setup, task=" ".join(words)),
-        COLLECT: f"#!/bin/bash\n{_directives(_collect(options))}\n{setup}\nexec {report}\n",
+        COLLECT: f"#!/bin/bash\n{_directives(_collect(options))}\n{{ {setup}; }} || exit 1\nexec {report}\n",
     }
 
 
@@ -142,7 +145,7 @@ def indices(tasks: Sequence[int]) -> str:
 
 def job_name(workdir: str) -> str:
     """The array's name in the queue: of this sweep and no other."""
-    return f"{launchers.sweep_name(workdir)}-{launchers.digest(workdir)[:8]}"
+    return f"{launchers.sweep_name(workdir)}-{launchers.digest(os.path.realpath(workdir))[:8]}"
 
 
 # --- what the cluster says ------------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def require(options: argparse.Namespace) -> None:
     there = [name.removesuffix("*") for name in listed]
     if options.partition is None and not any(name.endswith("*") for name in listed):
         raise config_lib.InputError(f"--partition: the cluster has no default one; choose one of {', '.join(there)}")
-    for name in (options.partition or "").split(",") if options.partition else ():
+    for name in options.partition.split(",") if options.partition else ():
         if name not in there:
             raise config_lib.InputError(f"--partition={name}: there is no such partition; choose one of {', '.join(there)}")
     for directives in (_array(options), _collect(options)):

@@ -32,13 +32,13 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import manifest as manifest_lib
 from launch import status
 from vitmed import cli, forecast, sweep
 from vitmed import config as config_lib
-from vitmed.runs import files, folder
+from vitmed.runs import files, folder, guard
 
 ENGINES = ("local", "slurm", "kubernetes", "skypilot", "tpu")
 EXAMPLES = """examples:
@@ -103,17 +103,17 @@ def show(flags: argparse.Namespace, overrides: Mapping[str, str], workdir: pathl
     given += [f"--config.{field}" for field in overrides]
     if given:
         raise config_lib.InputError(f"{given[0].replace('_', '-')}: --status reads the manifest in --workdir; leave out {given[0]}")
-    manifest = there(workdir)
+    manifest = there(workdir, runs=False)
     if manifest is None:
         raise config_lib.InputError(f"--workdir={flags.workdir}: holds no sweep: there is no {manifest_lib.FILE_NAME} in it")
     status.show(manifest, status.of_all(manifest, workdir))
     return 0
 
 
-def there(workdir: pathlib.Path) -> manifest_lib.Manifest | None:
-    """The manifest of a folder; None where there is none."""
+def there(workdir: pathlib.Path, *, runs: bool = True) -> manifest_lib.Manifest | None:
+    """The manifest of a folder, whose config must be there where it `runs`; None where there is none."""
     try:
-        return manifest_lib.read(workdir / manifest_lib.FILE_NAME)
+        return manifest_lib.read(workdir / manifest_lib.FILE_NAME, runs=runs)
     except FileNotFoundError:
         return None
 
@@ -162,11 +162,41 @@ def _other_sweep(former: manifest_lib.Manifest, asked: sweep.Sweep) -> str | Non
 
 
 def submit(flags: argparse.Namespace, overrides: Mapping[str, str], *, workdir: pathlib.Path, engine: Any) -> int:
-    """Hand the tasks that are left to an engine, after everything has been checked and before that nothing written."""
+    """Hand the tasks that are left to an engine, after everything has been checked and before that nothing written.
+
+    What is left is found out once more with the folder locked: of two such commands at the same time one would forget the other's points.
+    """
     pack = None if flags.pack is None else config_lib.parse("--pack", flags.pack, manifest_lib.PACK)
     config_lib.require(pack is None or (math.isfinite(pack) and pack >= 0), "--pack", flags.pack, "a number, at least 0")
+    config_lib.require(str(workdir).isprintable(), "--workdir", config_lib.one_line(workdir), "a path of printable characters")
     place = workdir / "launch" / flags.to
     files.check_folder(place, f"--workdir={flags.workdir}")
+    left = _left(flags, overrides, pack=pack, workdir=workdir)
+    if not left.tasks:
+        return _nothing(flags, left.states, workdir)
+    rendered = engine.render(left.manifest, left.options)
+    if flags.dry_run:
+        _show_files(left.manifest, left.tasks, rendered)
+        return 0
+    engine.require(left.options)
+    files.make_folder(place)
+    with guard.lock(place.parent):
+        left = _left(flags, overrides, pack=pack, workdir=workdir)
+        return _hand_over(left, retry=flags.retry, workdir=workdir, place=place, engine=engine)
+
+
+class _Left(NamedTuple):
+    """How the points stand, the manifest with those that are asked for, which are to be run, by which tasks, and the engine's options."""
+
+    states: Mapping[str, status.State]
+    manifest: manifest_lib.Manifest
+    wanted: Sequence[str]
+    tasks: tuple[int, ...]
+    options: argparse.Namespace
+
+
+def _left(flags: argparse.Namespace, overrides: Mapping[str, str], *, pack: float | None, workdir: pathlib.Path) -> _Left:
+    """What there is to do now."""
     asked = sweep.read(flags.config, overrides, selection=flags.points, root=workdir)
     states = {entry.name: status.of(entry.run_folder) for entry in asked.entries}
     wanted = [name for name, state in states.items() if state.word == (status.FAILED if flags.retry else status.WAITING)]
@@ -175,28 +205,26 @@ def submit(flags: argparse.Namespace, overrides: Mapping[str, str], *, workdir: 
     if flags.retry:
         manifest = manifest_lib.alone(manifest, wanted)
     tasks = tuple(number for number, names in enumerate(manifest.tasks) if set(names) & set(wanted))
-    if not tasks:
-        return _nothing(flags, states, workdir)
     options = argparse.Namespace(**vars(flags) | {"workdir": str(workdir), "manifest": str(workdir / manifest_lib.FILE_NAME)})
     options.tasks = tasks
-    rendered = engine.render(manifest, options)
-    if flags.dry_run:
-        _show_files(manifest, tasks, rendered)
+    return _Left(states, manifest, wanted, tasks, options)
+
+
+def _hand_over(left: _Left, *, retry: bool, workdir: pathlib.Path, place: pathlib.Path, engine: Any) -> int:
+    """Write the manifest and the engine's files, and submit what is not in the engine's queue already."""
+    options = left.options
+    if queued := frozenset(left.tasks) & (engine.queued(options) if hasattr(engine, "queued") else frozenset()):
+        print(f"vitmed: {len(queued)} of {len(left.tasks)} tasks are in the queue already", file=sys.stderr)
+        options.tasks = tuple(number for number in left.tasks if number not in queued)
+    if not options.tasks:
         return 0
-    engine.require(options)
-    if queued := frozenset(tasks) & (engine.queued(options) if hasattr(engine, "queued") else frozenset()):
-        print(f"vitmed: {len(queued)} of {len(tasks)} tasks are in the queue already", file=sys.stderr)
-        options.tasks = tuple(number for number in tasks if number not in queued)
-        if not options.tasks:
-            return 0
-        rendered = engine.render(manifest, options)
-    manifest_lib.write(manifest, workdir)
-    files.make_folder(place)
+    rendered = engine.render(left.manifest, options)
+    manifest_lib.write(left.manifest, workdir)
     for name, text in rendered.items():
         files.write_whole(place / name, text.encode())
-    for name in wanted if flags.retry else ():
+    for name in left.wanted if retry else ():
         folder.RunFolder(workdir / name).failure.unlink(missing_ok=True)
-    print(f"vitmed: {status.totals(states)}; tasks to run: {len(options.tasks)}", file=sys.stderr)
+    print(f"vitmed: {status.totals(left.states)}; tasks to run: {len(options.tasks)}", file=sys.stderr)
     print(engine.submit(place, options))
     return 0
 
@@ -204,7 +232,9 @@ def submit(flags: argparse.Namespace, overrides: Mapping[str, str], *, workdir: 
 def _nothing(flags: argparse.Namespace, states: Mapping[str, status.State], workdir: pathlib.Path) -> int:
     """Say that there is nothing to submit, and why; 1 where points or seeds have failed."""
     failed = [name for name, state in states.items() if state.word == status.FAILED or (state.word == status.DONE and state.note)]
-    mend = "; --retry runs failed points again" if failed and not flags.retry else ""
+    mend = "; --retry runs failed points again" if any(states[name].word == status.FAILED for name in failed) and not flags.retry else ""
+    if flags.retry and any(state.word == status.WAITING for state in states.values()):
+        mend = "; without --retry those that wait are submitted"
     print(f"vitmed: nothing to submit: {status.totals(states)}{mend}", file=sys.stderr)
     for name in failed:
         print(f"vitmed: {name}: {states[name].note}", file=sys.stderr)

@@ -65,6 +65,11 @@ def run(manifest: manifest_lib.Manifest, names: Sequence[str], workdir: pathlib.
         print("vitmed: the task has no points any more: they were moved to tasks of their own", file=sys.stderr)
         return 0
     asked = sweep.read(manifest.config, manifest.overrides, selection=names, root=workdir)
+    arguments = {point.name: point.argument for point in manifest.points}
+    for entry in asked.entries:
+        if arguments[entry.name] != entry.point.argument:
+            said = f"{arguments[entry.name][:100]!r} in the manifest and {entry.point.argument} in {manifest.config}"
+            raise config_lib.InputError(f"point {entry.name} is {said}; use the config that the manifest was made from")
     failed = [entry for entry in asked.entries if entry.result is None and entry.run_folder.read_failure() is not None]
     for entry in failed:
         print(f"vitmed: {entry.name} has failed before and is left as it is; launch.sweep --retry runs it again", file=sys.stderr)

@@ -163,8 +163,13 @@ FAULTS = {
     "pack a truth": (lambda m: m | {"pack": True}, "pack is True"),
     "point no object": (lambda m: m | {"points": ["a"]}, "points[0] is no object"),
     "gmacs text": (lambda m: m | {"points": [m["points"][0] | {"gmacs": "9"}]}, "gmacs is '9'"),
-    "name a path": (lambda m: m | {"points": [m["points"][0] | {"name": "../a"}]}, "'../a' is no folder's name"),
-    "name above": (lambda m: m | {"points": [m["points"][0] | {"name": ".."}]}, "'..' is no folder's name"),
+    "name a path": (lambda m: m | {"points": [m["points"][0] | {"name": "../a"}]}, "'../a' is no name of a point's folder"),
+    "name above": (lambda m: m | {"points": [m["points"][0] | {"name": ".."}]}, "'..' is no name of a point's folder"),
+    "name of ours": (lambda m: m | {"points": [m["points"][0] | {"name": "launch"}]}, "'launch' is no name"),
+    "name with a zero byte": (lambda m: m | {"points": [m["points"][0] | {"name": "a\0"}]}, "is no name"),
+    "name half a character": (lambda m: m | {"points": [m["points"][0] | {"name": "\ud800"}]}, "is no name"),
+    "gmacs too large": (lambda m: m | {"points": [m["points"][0] | {"gmacs": 10**400}]}, "gmacs is 1000"),
+    "config endless": (lambda m: m | {"config": "c" * 5000}, "cccc"),
     "no points": (lambda m: m | {"points": [], "tasks": []}, "there are no points"),
     "unknown point": (lambda m: m | {"tasks": [["a", "c"], ["b"]]}, "tasks[0]: there is no point 'c'"),
     "a point in two tasks": (lambda m: m | {"tasks": [["a", "b"], ["b"]]}, "'b' is there 1 times and in tasks 2 times"),
@@ -175,6 +180,15 @@ FAULTS = {
 }
 
 
+def test_two_at_once_forget_no_points(tmp_path, submit, capsys):
+    (tmp_path / "sweep/launch").mkdir(parents=True)
+    with guard.lock(tmp_path / "sweep/launch"):
+        assert submit() == 1
+    assert "is in use by process" in capsys.readouterr().err
+    assert not (tmp_path / "sweep/manifest.json").exists()
+    assert submit() == 0
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_manifest_edited_into_nonsense_is_one_line_and_nothing_is_submitted(fault, tmp_path, capsys, engine):
     change, words = FAULTS[fault]
@@ -183,9 +197,12 @@ def test_a_manifest_edited_into_nonsense_is_one_line_and_nothing_is_submitted(fa
     text = changed if isinstance(changed, str) else json.dumps(changed)
     (tmp_path / "manifest.json").write_text(text)
     for argv in (["--status"], [f"--config={QUICKSTART}", "--to=slurm"], [f"--config={QUICKSTART}", "--to=slurm", "--retry"]):
+        if fault.startswith("config ") and argv == ["--status"] and isinstance(changed["config"], str):
+            continue  # what is only looked at needs no config
         assert call(f"--workdir={tmp_path}", *argv) == 2
         errors = capsys.readouterr().err
         assert len(errors.splitlines()) == 1
+        assert len(errors) < 1200
         assert f"{tmp_path}/manifest.json" in errors
         assert words in errors
     argv = [f"--manifest={tmp_path}/manifest.json", f"--workdir={tmp_path}", "--task=0"]

@@ -17,8 +17,9 @@ import made_runs
 import pytest
 
 from launch import local, manifest, status, sweep, task
-from vitmed import apart, cli
+from vitmed import apart, cli, config
 from vitmed.runs import folder, guard, heartbeat
+from vitmed.study import points as study_points
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Two points that train, as others' tests do, so that their programs are compiled; and one whose data are missing until a file is there.
@@ -202,11 +203,25 @@ def written(own):
     """The manifest of the three points in one task, and its folder."""
     file, root = own
     names = (*GOOD, WITHOUT_DATA)
-    points = tuple(
-        manifest.Point(name, f"dataset={name.partition('-')[0]},patch={name.rpartition('patch')[2]}", 1.0, 1.0) for name in names
-    )
+    arguments = {point.name: point.argument for point in study_points.of_sweep(config.load_module(str(file)))}
+    points = tuple(manifest.Point(name, arguments[name], 1.0, 1.0) for name in names)
     manifest.write(manifest.Manifest(str(file), {}, points, (names, ())), root)
     return root
+
+
+def test_a_point_whose_argument_was_edited_is_not_trained_as_another(written, run_apart, capsys):
+    file = written / "manifest.json"
+    file.write_text(edited(file, GOOD[0]))
+    assert run_task(written, 0) == 2
+    assert f"point {GOOD[0]} is 'patch=3' in the manifest" in capsys.readouterr().err
+    assert run_apart == []
+
+
+def edited(file, name):
+    """The manifest with another argument for a point."""
+    said = json.loads(file.read_text())
+    next(point for point in said["points"] if point["name"] == name)["argument"] = "patch=3"
+    return json.dumps(said)
 
 
 def run_task(root, number):
