@@ -33,6 +33,7 @@ STOPPED = [75, 143]  # by SIGTERM; 143 where it came before Python could listen
 RESTARTS = 100  # of a JobSet whose pods train together: each lost pod is one
 KEPT = 7 * 24 * 3600  # seconds for which a Job that has ended can be looked at
 USER = 1000  # of the Dockerfile
+ABSENT = ("NotFound", "doesn't have a resource type")  # kubectl's words
 
 
 def add_flags(parser: cli.Parser) -> None:
@@ -54,7 +55,7 @@ def add_flags(parser: cli.Parser) -> None:
 
 
 def render(manifest: manifests.Manifest, options: argparse.Namespace) -> dict[str, str]:
-    """job.yaml or jobset.yaml, and report.yaml: a Job that makes the report whenever it is applied."""
+    """job.yaml or jobset.yaml, and report.yaml: a Job that makes the report whenever it is replaced by force."""
     _check(options)
     text = files.json_bytes({"version": manifests.VERSION, **dataclasses.asdict(manifest)}).decode()
     # Another name for other work: Jobs cannot be changed, and one that still runs goes on.
@@ -178,7 +179,7 @@ def _field(name: str, path: str) -> dict[str, Any]:
 
 
 def task_script(options: argparse.Namespace) -> str:
-    """What a task's container runs: in a Job the task itself, so that SIGTERM reaches it; in a JobSet a shell that passes SIGTERM on.
+    """What a task's container runs: a shell that passes SIGTERM on. A container's first process gets no signal before it listens.
 
     A JobSet makes no report where a task has failed, so there a task that has ended counts as complete: what failed stands in the
     points' folders, and the report says it. Status 1 may also be a folder that is still locked, and is tried again before.
@@ -186,18 +187,22 @@ def task_script(options: argparse.Namespace) -> str:
     # The number of the task is a word of the shell, everything else is quoted.
     *words, last = manifests.task_command("python", manifest=f"{MANIFEST_FOLDER}/{manifests.FILE_NAME}", workdir=options.workdir, task="$1")
     command = f'{shlex.join(words)} "{last}"'
-    numbers = f'set -- {" ".join(map(str, options.tasks))}\nshift "$INDEX"\n'
-    if options.kind == "job":
-        return f"{numbers}exec {command}\n"
-    again = "" if options.processes > 1 else f'[ "$status" = 1 ] && [ "${{FAILURES:-{CRASHES}}}" -lt {CRASHES} ] && exit 1\n'
-    return f"""{numbers}{command} &
+    script = f"""stopped= child=
+stop() {{ sleep 1; kill -TERM "$child"; }} # a child that has just been made, and has not its program yet, would not hear it
+trap 'stopped=1; [ -z "$child" ] || stop' TERM
+set -- {" ".join(map(str, options.tasks))}; shift "$INDEX"
+[ -z "$stopped" ] || exit 143
+{command} &
 child=$!
-trap 'kill -TERM "$child"' TERM
+[ -z "$stopped" ] || stop
 wait "$child"; status=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done
-{again}case $status in 1|2) echo "task $1 ended with status $status" >&2; status=0 ;; esac
-exit "$status"
 """
+    if options.kind == "jobset":
+        again = f'[ "$status" = 1 ] && [ "${{FAILURES:-{CRASHES}}}" -lt {CRASHES} ] && exit 1\n'
+        script += "" if options.processes > 1 else again
+        script += 'case $status in 1|2) echo "task $1 ended with status $status" >&2; status=0 ;; esac\n'
+    return f'{script}exit "$status"\n'
 
 
 def _report_spec(options: argparse.Namespace) -> dict[str, Any]:
@@ -248,6 +253,8 @@ def require(options: argparse.Namespace) -> None:
         try:
             _kubectl(options, *command, "--output=name")
         except config_lib.MachineError as error:
+            if not any(words in str(error) for words in ABSENT):
+                raise  # a cluster that does not answer says nothing of the flag
             raise config_lib.InputError(f"{flag}: {error}; {mend}") from error
 
 
@@ -258,9 +265,10 @@ def submit(folder: pathlib.Path, options: argparse.Namespace) -> str:
     # `queued` has left out what still runs: a Job of this name has ended, and would not be started again.
     _kubectl(options, "delete", options.kind, name, "--ignore-not-found", "--cascade=foreground")
     _kubectl(options, "apply", f"--filename={file}")
+    label = f"{SWEEP}={launchers.sweep_name(options.workdir)}"
     watch = f"kubectl --namespace={options.namespace} get {options.kind} {name} --watch"
-    report = "" if options.kind == "jobset" else f"; when it has ended, the report: kubectl apply --filename={folder}/report.yaml"
-    return f"{len(options.tasks)} tasks are submitted as {options.kind} {name}; watch: {watch}{report}"
+    report = "" if options.kind == "jobset" else f"; when it has ended, the report: kubectl replace --force --filename={folder}/report.yaml"
+    return f"{len(options.tasks)} tasks are submitted as {options.kind} {name}, {label}; watch: {watch}{report}"
 
 
 def queued(options: argparse.Namespace) -> frozenset[int]:

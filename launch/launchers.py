@@ -18,15 +18,19 @@ import yaml
 from vitmed import config as config_lib
 
 LONGEST_NAME = 30  # leaves room for what launchers append: theirs end at 63
+KLOG = re.compile(r"[IWEF]\d{4} [\d:.]+ ")  # begins what kubectl logs besides what it has to say
 
 
 def sweep_name(workdir: str) -> str:
-    """The sweep's name for a launcher, [a-z][a-z0-9-]*: its folder's, with some characters of a hash where that needed changes."""
-    folder = pathlib.PurePath(workdir).name
-    name = re.sub(r"[^a-z0-9]+", "-", folder.lower()).strip("-")
-    if name != folder or len(name) > LONGEST_NAME or not name[:1].isalpha():
-        name = f"run-{name[: LONGEST_NAME - 11]}".strip("-") + f"-{digest(folder)[:6]}"
-    return name
+    """The sweep's name for a launcher, [a-z][a-z0-9-]*: its folder's, and 6 characters of a hash of the whole path.
+
+    Folders of the same last name must differ: a launcher knows a sweep by this name alone.
+    """
+    path = os.path.normpath(workdir)
+    name = re.sub(r"[^a-z0-9]+", "-", os.path.basename(path).lower()).strip("-")
+    if not name[:1].isalpha():
+        name = f"run-{name}"
+    return f"{name[: LONGEST_NAME - 7].strip('-')}-{digest(path)[:6]}"
 
 
 def digest(*values: Any) -> str:
@@ -49,6 +53,8 @@ def require_mount(options: argparse.Namespace) -> None:
     """InputError where the machines could not see the sweep's folder."""
     require_match("--mount", options.mount, r"(/[\w.-]+)+", "/share")
     require_match("--workdir", options.workdir, r"(/[\w. -]+)+", f"{options.mount}/runs/study")
+    for flag, path in (("--mount", options.mount), ("--workdir", options.workdir)):
+        config_lib.require(".." not in pathlib.PurePath(path).parts, flag, path, "a path without ..")
     if pathlib.PurePath(options.mount) not in pathlib.PurePath(options.workdir).parents:
         example = f"{options.mount}/runs/{pathlib.PurePath(options.workdir).name}"
         raise config_lib.InputError(
@@ -97,7 +103,8 @@ def ask(command: Sequence[str]) -> str:
     """The command's output; MachineError with the line that it complained in where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["it said nothing"]
+        lines = (done.stderr or done.stdout).splitlines()
+        said = [line for line in lines if line.strip() and not KLOG.match(line)] or ["it said nothing"]
         complaint = next((line for line in said if "error" in line.lower()), said[-1])
         raise config_lib.MachineError(f"{' '.join(command[:3])}: exit status {done.returncode}: {config_lib.one_line(complaint)}")
     return done.stdout
@@ -106,21 +113,27 @@ def ask(command: Sequence[str]) -> str:
 def run_script(script: pathlib.Path) -> None:
     """Run a rendered script under bash, what it prints on stderr; MachineError where it fails, Stopped after a signal.
 
-    A signal is passed on: what a script does at its end, such as giving a machine back, it does then as well.
+    A signal is passed on: what a script does at its end, such as giving a machine back, it does then as well. Only the first one is: more
+    would end the commands of that end.
     """
-    with subprocess.Popen(["bash", str(script)], stdout=sys.stderr, stdin=subprocess.DEVNULL, start_new_session=True) as process:
-        received: list[int] = []
+    received: list[int] = []
+    process: subprocess.Popen | None = None
 
-        def forward(signum: int, _: object) -> None:
-            received.append(signum)
+    def forward(signum: int, _: object) -> None:
+        received.append(signum)
+        if process is not None and len(received) == 1:
             os.killpg(process.pid, signal.SIGTERM)  # what the script waits for as well: until that ends bash does nothing
 
-        former = {signum: signal.signal(signum, forward) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-        try:
-            status = process.wait()
-        finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
+    passed_on = [one for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]  # nohup
+    former = {signum: signal.signal(signum, forward) for signum in passed_on}
+    try:
+        process = subprocess.Popen(["bash", str(script)], stdout=sys.stderr, stdin=subprocess.DEVNULL, start_new_session=True)
+        if received:
+            os.killpg(process.pid, signal.SIGTERM)  # it came before there was a script
+        status = process.wait()
+    finally:
+        for signum, handler in former.items():
+            signal.signal(signum, handler)
     if received:
         raise config_lib.Stopped(signal.SIGINT if signal.SIGINT in received else signal.SIGTERM)
     if status:

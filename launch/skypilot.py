@@ -17,6 +17,7 @@ from vitmed import cli
 CHECKOUT = pathlib.Path(__file__).parents[1]
 MANIFEST = "vitmed-manifest.json"  # in the machine's home folder
 PYTHON = "~/vitmed/bin/python"
+QUEUE = ("sky", "jobs", "queue", "--skip-finished", "--all", "--output=json")  # without --all the latest 50
 # The lock's versions, for the accelerator and without torch (pyproject.toml, [tool.uv]); a job that is recovered may find them there.
 SETUP = """\
 set -e
@@ -117,11 +118,13 @@ done
 
 
 def _finish_script(name: str, options: argparse.Namespace) -> str:
-    """Follow the tasks' logs until each has ended, then make the report."""
+    """Follow the tasks' logs until each has ended, then make the report: those submitted last, and those of before that have not ended."""
     return f"""#!/usr/bin/env bash
 set -uo pipefail
 cd "$(dirname "$0")" || exit
-for task in {" ".join(map(str, options.tasks))}; do
+queue=$({shlex.join(QUEUE)}) || {{ echo "sky does not say what is in the queue" >&2; exit 1; }}
+before() {{ grep -oE '"{name}-[0-9]+"' <<<"$queue" | grep -oE '[0-9]+"' | tr -d '"'; }}
+for task in $({{ printf '%s\\n' {" ".join(map(str, options.tasks))}; before; }} | sort -nu); do
     while :; do
         status=0
         sky jobs logs --name "{name}-$task" || status=$?
@@ -151,6 +154,6 @@ def submit(folder: pathlib.Path, options: argparse.Namespace) -> str:
 def queued(options: argparse.Namespace) -> frozenset[int]:
     """The tasks whose jobs wait, run or are being recovered."""
     name = launchers.sweep_name(options.workdir)
-    jobs = json.loads(launchers.ask(["sky", "jobs", "queue", "--skip-finished", "--output=json"]))
+    jobs = json.loads(launchers.ask(QUEUE))
     parts = [job["job_name"].rpartition("-") for job in jobs if job.get("job_name")]
     return frozenset(int(task) for sweep, _, task in parts if sweep == name and task.isdecimal())

@@ -40,7 +40,8 @@ def write(folder, files):
         (folder / name).write_text(text)
 
 
-# The first answer whose pattern fits is taken, and used up unless it has a star before its status. `stop` and `hang` are for signals.
+# The first answer whose pattern fits is taken, and used up unless it has a star before its status.
+# `stop`, `hang` and `slow` are for signals.
 FAKE = r"""#!/bin/bash
 call="$(basename "$0") $*"
 echo "$call" >> "$FAKES/calls"
@@ -53,9 +54,11 @@ while IFS=$'\t' read -r pattern status output; do
     printf '%s\t%s\t%s\n' "$pattern" "$status" "$output" >> "$FAKES/left"
 done < "$FAKES/answers"
 mv "$FAKES/left" "$FAKES/answers"; } 9> "$FAKES/lock"
-[ -z "$said" ] || echo "$said"
+case ${answer#\*} in 0|'') to=1 ;; *) to=2 ;; esac # a complaint goes to stderr
+[ -z "$said" ] || echo "$said" >&$to
 case $answer in
     hang) sleep_for_real 60; exit 0 ;;
+    slow) sleep_for_real 2; echo "$call ended" >> "$FAKES/calls"; exit 0 ;;
     stop) trap 'echo "$call got SIGTERM" >> "$FAKES/calls"; kill $!; exit 75' TERM; sleep_for_real 60 & wait $!; exit 0 ;;
 esac
 answer=${answer#\*}

@@ -15,6 +15,7 @@ from launch import kubernetes, launchers, manifest, skypilot, tpu
 from vitmed import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
+NAME = launchers.sweep_name("/share/runs/study")
 VALIDATORS = os.environ.get("VITMED_VALIDATORS", "")
 needs_validators = pytest.mark.skipif(
     not VALIDATORS, reason="VITMED_VALIDATORS names no bin folder with tests/validators.txt installed; .ci/run makes one"
@@ -65,6 +66,8 @@ def test_rendering_is_pure_and_names_only_the_tasks_asked_for(engine):
         (kubernetes, ["--processes=4"], "--kind=jobset as well"),
         (kubernetes, ["--processes=4", "--kind=jobset", "--limit=2"], "leave it out"),
         (kubernetes, ["--mount=/other"], "--workdir=/other/runs/study"),
+        (kubernetes, ["--workdir=/share/../etc"], "--workdir=/share/../etc: must be a path without .."),
+        (tpu, ["--mount=/share/.."], "--mount=/share/..: must be a path without .."),
         (kubernetes, ["--mount=relative"], "--mount=relative: must be of the form of /share"),
         (skypilot, ["--storage="], "--storage: is not given"),
         (skypilot, ["--storage=gs:/bucket"], "gs://my-bucket"),
@@ -91,17 +94,28 @@ def test_a_launcher_that_is_not_installed_is_refused_with_what_to_do(engine, com
         engine.require(options_of(engine))
 
 
-@pytest.mark.parametrize(("folder", "name"), [("study", "study"), ("vit-2d", "vit-2d")])
-def test_a_folder_that_can_name_a_sweep_does(folder, name):
-    assert launchers.sweep_name(f"/share/{folder}") == name
-
-
-def test_other_folders_get_names_that_differ_and_are_allowed():
-    folders = ["vit_2d", "vit.2d", "VIT-2d", "2d", "größe", "x" * 70, "x" * 71]
+def test_folders_get_names_that_differ_and_are_allowed():
+    folders = ["a/study", "b/study", "vit_2d", "vit.2d", "VIT-2d", "2d", "größe", "---", "x" * 70, "x" * 71, "x" * 22 + "-y"]
     names = [launchers.sweep_name(f"/share/{folder}") for folder in folders]
     assert len(set(names)) == len(names)
     for name in names:
-        launchers.require_match("name", name, r"[a-z][a-z0-9-]{0,28}[a-z0-9]", "study")
+        launchers.require_match("name", name, r"[a-z][a-z0-9-]{0,22}-[0-9a-f]{6}", "study")
+    assert names[0].startswith("study-")
+    assert names[5].startswith("run-2d-")
+
+
+def test_a_folder_has_one_name_however_it_is_written():
+    assert {launchers.sweep_name(path) for path in ("/share//a/study/", "/share/a/./study", "/share/b/../a/study")} == {
+        launchers.sweep_name("/share/a/study")
+    }
+
+
+@pytest.mark.parametrize("engine", [kubernetes, skypilot, tpu])
+def test_sweeps_of_folders_with_the_same_last_name_share_no_name(engine):
+    names = [launchers.sweep_name(f"/share/{parent}/study") for parent in "ab"]
+    text = "".join(render(engine, workdir="/share/a/study").values())
+    assert names[0] in text
+    assert names[1] not in text
 
 
 def test_an_error_tells_what_the_launcher_said():
@@ -132,7 +146,7 @@ def test_the_manifest_in_the_config_map_is_read_back_as_it_is(tmp_path):
 def test_other_tasks_get_a_job_of_another_name():
     names = {work_of(render(kubernetes, tasks=tasks))[0]["metadata"]["name"] for tasks in ((0, 1, 3), (1,))}
     assert len(names) == 2
-    assert {name[:6] for name in names} == {"study-"}
+    assert {name[:-8] for name in names} == {f"{NAME}-"}
 
 
 def test_pods_that_train_together_find_the_first_of_their_own_job():
@@ -161,13 +175,12 @@ def called(fakes, monkeypatch):
     return fakes
 
 
-def test_a_jobs_pod_becomes_the_task(fakes):
-    """SIGTERM must reach it: the shell is gone."""
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 137])
+def test_a_jobs_pod_ends_as_its_task_does(fakes, status):
     _, container = task_container(work_of(render(kubernetes, workdir="/share/my runs/study"))[0])
-    fakes.answer("python *", 75)
-    assert fakes.run(container["command"], INDEX="2").returncode == 75
+    fakes.answer("python *", status)
+    assert fakes.run(container["command"], INDEX="2").returncode == status
     assert fakes.calls == ["python -m launch.task --manifest=/etc/vitmed/manifest.json --workdir=/share/my runs/study --task=3"]
-    assert "exec python" in container["command"][2]
 
 
 @pytest.mark.parametrize(
@@ -179,15 +192,27 @@ def test_a_jobsets_pod_ends_well_where_only_points_have_failed_for_good(fakes, s
     assert fakes.run(container["command"], INDEX="0", FAILURES=str(failures)).returncode == expected
 
 
-def test_a_jobsets_pod_passes_sigterm_on_and_waits(fakes):
-    _, container = task_container(work_of(render(kubernetes, "--kind=jobset"))[0])
+@pytest.mark.parametrize("kind", kubernetes.KINDS)
+def test_a_pod_loses_no_sigterm_that_comes_early(fakes, kind):
+    script = task_container(work_of(render(kubernetes, f"--kind={kind}"))[0])[1]["command"][2]
+    before = script.replace('shift "$INDEX"', 'kill -TERM $$; shift "$INDEX"')
+    assert (fakes.run(["sh", "-c", before], INDEX="1").returncode, fakes.calls) == (143, [])
+    fakes.answer("python *", "stop")
+    just_made = script.replace("child=$!", "kill -TERM $$; child=$!").replace("sleep", "sleep_for_real")
+    assert fakes.run(["sh", "-c", just_made], INDEX="1").returncode == 75
+
+
+@pytest.mark.parametrize("kind", kubernetes.KINDS)
+def test_a_pod_passes_sigterm_on_and_waits(fakes, kind):
+    """Its first process is the shell: what does not listen there gets no signal."""
+    _, container = task_container(work_of(render(kubernetes, f"--kind={kind}"))[0])
     fakes.answer("python *", "stop")
     process = fakes.start(container["command"], INDEX="1", FAILURES="0")
     wait_for(lambda: fakes.calls)
     time.sleep(0.2)
     process.terminate()
     assert process.wait(30) == 75
-    assert fakes.calls[1].endswith("--task=1 got SIGTERM")
+    assert fakes.calls[-1].endswith("--task=1 got SIGTERM")
 
 
 def wait_for(condition, seconds=30):
@@ -207,13 +232,29 @@ def test_submitting_replaces_a_job_that_has_ended_and_applies(called, tmp_path):
     assert get == "kubectl --namespace=default get persistentvolumeclaim vitmed --output=name"
     assert delete == f"kubectl --namespace=default delete job {name} --ignore-not-found --cascade=foreground"
     assert apply == f"kubectl --namespace=default apply --filename={tmp_path}/job.yaml"
-    assert f"kubectl apply --filename={tmp_path}/report.yaml" in said
+    assert f"kubectl replace --force --filename={tmp_path}/report.yaml" in said
+    assert f"vitmed/sweep={NAME}" in said
 
 
-@pytest.mark.parametrize(("kind", "asked", "says"), [("job", "*persistentvolumeclaim*", "--claim"), ("jobset", "*jobsets*", "--kind")])
-def test_a_claim_or_controller_that_is_not_there_is_refused(called, kind, asked, says):
-    called.answer(asked, 1)
+@pytest.mark.parametrize(
+    ("kind", "asked", "answer", "says"),
+    [
+        ("job", "*persistentvolumeclaim*", 'Error from server (NotFound): persistentvolumeclaims "vitmed" not found', "--claim"),
+        ("jobset", "*jobsets*", 'error: the server doesn\'t have a resource type "jobsets"', "--kind"),
+    ],
+)
+def test_a_claim_or_controller_that_is_not_there_is_refused(called, kind, asked, answer, says):
+    called.answer(asked, 1, answer)
     with pytest.raises(config_lib.InputError, match=says):
+        kubernetes.require(options_of(kubernetes, f"--kind={kind}"))
+
+
+@pytest.mark.parametrize("kind", kubernetes.KINDS)
+def test_a_cluster_that_does_not_answer_is_no_missing_claim(called, tmp_path, kind):
+    log = 'E1125 10:00:00.000000 7 memcache.go:265] "Unhandled Error" err="connection refused"'
+    refused = "The connection to the server localhost:8080 was refused - did you specify the right host or port?"
+    (called.bin / "kubectl").write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{log}\n{refused}\n\nEND\nexit 1\n")
+    with pytest.raises(config_lib.MachineError, match=f"exit status 1: {refused[:-1]}"):
         kubernetes.require(options_of(kubernetes, f"--kind={kind}"))
 
 
@@ -229,11 +270,13 @@ def test_tasks_whose_jobs_have_not_ended_are_queued(called):
         job("30,31,32", {kubernetes.JOB_INDEX: "1"}, key=kubernetes.TASK_OF_JOB, conditions=[{"type": "Suspended", "status": "True"}]),
         {"metadata": {}},
     ]
-    called.answer("*get jobs --selector=vitmed/sweep=study --output=json", 0, json.dumps({"items": jobs}))
+    called.answer(f"*get jobs --selector=vitmed/sweep={NAME} --output=json", 0, json.dumps({"items": jobs}))
     assert kubernetes.queued(options_of(kubernetes)) == {5, 31}
 
 
 # --- SkyPilot -------------------------------------------------------------------------------------------------------------------
+
+QUEUE = "sky jobs queue --skip-finished --all --output=json"
 
 
 def test_a_job_runs_its_task_and_only_status_75_begins_again(fakes, tmp_path):
@@ -270,28 +313,45 @@ def test_submitting_launches_each_task_and_finishing_waits_and_reports(called, t
     options = options_of(skypilot, tasks=(0, 3))
     write(tmp_path, skypilot.render(MANIFEST, options))
     assert f"bash {tmp_path}/finish.sh" in skypilot.submit(tmp_path, options)
-    assert called.calls == [f"sky jobs launch --yes --detach-run --name study-{task} --env VITMED_TASK={task} task.yaml" for task in (0, 3)]
-    called.answer("sky jobs logs *study-0", 101)
-    called.answer("sky jobs logs *study-3", 100)
+    assert called.calls == [
+        f"sky jobs launch --yes --detach-run --name {NAME}-{task} --env VITMED_TASK={task} task.yaml" for task in (0, 3)
+    ]
+    called.answer(f"sky jobs logs *{NAME}-0", 101)
+    called.answer(f"sky jobs logs *{NAME}-3", 100)
     done = called.run(["bash", str(tmp_path / "finish.sh")])
     assert done.returncode == 0
     assert "task 3 did not end well" in done.stderr
-    logs = [f"sky jobs logs --name study-{task}" for task in (0, 0, 3)]
-    assert called.calls[2:] == [logs[0], "sleep 60", *logs[1:], "sky jobs launch --yes --name study-report report.yaml"]
+    logs = [f"sky jobs logs --name {NAME}-{task}" for task in (0, 0, 3)]
+    assert called.calls[2:] == [QUEUE, logs[0], "sleep 60", *logs[1:], f"sky jobs launch --yes --name {NAME}-report report.yaml"]
+
+
+def test_finishing_waits_for_what_was_submitted_before_too(fakes, tmp_path):
+    write(tmp_path, render(skypilot, tasks=(3,)))
+    names = [f"{NAME}-3", f"{NAME}-12", f"{NAME}-report", "study-4", f"my-{NAME}-5", None]
+    fakes.answer(QUEUE, 0, json.dumps([{"job_name": name} for name in names]))
+    assert fakes.run(["bash", str(tmp_path / "finish.sh")]).returncode == 0
+    assert [call.rpartition("-")[2] for call in fakes.calls if " logs " in call] == ["3", "12"]
+
+
+def test_no_report_is_begun_where_nobody_knows_what_runs(fakes, tmp_path):
+    write(tmp_path, render(skypilot))
+    fakes.answer(QUEUE, 1)
+    assert fakes.run(["bash", str(tmp_path / "finish.sh")]).returncode == 1
+    assert fakes.calls == [QUEUE]
 
 
 def test_a_launch_that_is_refused_ends_submitting(called, tmp_path):
     options = options_of(skypilot)
     write(tmp_path, skypilot.render(MANIFEST, options))
-    called.answer("sky *study-1 *", 4)
+    called.answer(f"sky *{NAME}-1 *", 4)
     with pytest.raises(config_lib.MachineError, match="exit status 4"):
         skypilot.submit(tmp_path, options)
     assert len(called.calls) == 2
 
 
 def test_jobs_of_this_sweep_are_queued(called):
-    names = ["study-3", "study-12", "study-report", "other-4", "my-study-5", None]
-    called.answer("sky jobs queue --skip-finished --output=json", 0, json.dumps([{"job_name": name} for name in names]))
+    names = [f"{NAME}-3", f"{NAME}-12", f"{NAME}-report", "study-4", f"my-{NAME}-5", None]
+    called.answer(QUEUE, 0, json.dumps([{"job_name": name} for name in names]))
     assert skypilot.queued(options_of(skypilot)) == {3, 12}
 
 

@@ -11,11 +11,13 @@ import time
 import pytest
 from fake_commands import Fakes, options_of, render, write
 
-from launch import tpu
+from launch import launchers, tpu
 from vitmed import config as config_lib
 
-DESCRIBE, CREATE, DELETE = (f"gcloud compute tpus queued-resources {verb} study *" for verb in ("describe", "create", "delete"))
-SETUP, RUN, REPORT = (f"gcloud compute tpus tpu-vm ssh study *bash worker.sh {what}" for what in ("setup", "run", "report"))
+NAME = launchers.sweep_name("/share/runs/study")
+NOT_FOUND = "ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'study' was not found."
+DESCRIBE, CREATE, DELETE = (f"gcloud compute tpus queued-resources {verb} {NAME} *" for verb in ("describe", "create", "delete"))
+SETUP, RUN, REPORT = (f"gcloud compute tpus tpu-vm ssh {NAME} *bash worker.sh {what}" for what in ("setup", "run", "report"))
 WORDS = {"describe": "state", "create": "create", "delete": "delete", "scp": "copy", "setup": "setup", "run": "run", "report": "report"}
 
 
@@ -40,7 +42,7 @@ def sweep_script(fakes, tmp_path, *flags):
 
 def states(fakes, *names):
     for name in names:
-        fakes.answer(DESCRIBE, 1 if name == "ABSENT" else 0, "" if name == "ABSENT" else name)
+        fakes.answer(DESCRIBE, *((1, NOT_FOUND) if name == "ABSENT" else (0, name)))
 
 
 def test_a_sweep_gets_a_tpu_runs_reports_and_gives_it_back(fakes, tmp_path):
@@ -93,7 +95,7 @@ def test_failed_points_are_in_the_report_and_in_the_exit_status(fakes, tmp_path,
 
 
 def test_it_gives_up_after_so_many_tpus(fakes, tmp_path):
-    fakes.answer(DESCRIBE, "*1")
+    fakes.answer(DESCRIBE, "*1", NOT_FOUND)
     done = sweep_script(fakes, tmp_path, "--attempts=2")
     assert (done.returncode, steps(fakes)) == (75, "state create state create state delete")
     assert "gave up after 2 attempts" in done.stderr
@@ -106,34 +108,96 @@ def test_a_request_that_is_refused_ends_the_sweep(fakes, tmp_path):
     assert steps(fakes) == "state create delete"
 
 
+def test_a_request_is_kept_while_gcloud_does_not_say_how_it_stands(fakes, tmp_path):
+    fakes.answer(DESCRIBE, 1, "ERROR: (gcloud) PERMISSION_DENIED: log in")
+    fakes.answer(DESCRIBE, 1)
+    states(fakes, "WAITING_FOR_RESOURCES", "ACTIVE")
+    done = sweep_script(fakes, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert steps(fakes) == "state state state state copy setup run report delete"
+    assert "1 of 20 times: ERROR: (gcloud) PERMISSION_DENIED: log in" in done.stderr
+
+
+def test_it_gives_up_where_gcloud_never_says_how_the_request_stands(fakes, tmp_path):
+    fakes.answer(DESCRIBE, "*1", "ERROR: (gcloud) UNAVAILABLE: try again")
+    done = sweep_script(fakes, tmp_path)
+    assert (done.returncode, steps(fakes)) == (75, "state " * 20 + "delete")
+
+
+def signal_when(fakes, *signals):
+    """Send this process each signal once a call has words: (signal, words)."""
+
+    def send():
+        for signum, words in signals:
+            end = time.monotonic() + 30
+            while not any(words in call for call in fakes.calls) and time.monotonic() < end:
+                time.sleep(0.05)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
 def test_a_signal_gives_the_tpu_back(fakes, tmp_path, monkeypatch):
     for name in ("PATH", "FAKES"):
         monkeypatch.setenv(name, fakes.environment()[name])
     states(fakes, "ACTIVE")
     fakes.answer(RUN, "hang")
+    fakes.answer(DELETE, "slow")
     write(tmp_path, render(tpu))
-
-    def stop():
-        while not any("worker.sh run" in call for call in fakes.calls):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    stopper = threading.Thread(target=stop)
-    stopper.start()
+    # The second comes while the TPU is deleted.
+    sender = signal_when(fakes, (signal.SIGTERM, "worker.sh run"), (signal.SIGINT, " delete "))
     begun = time.monotonic()
     with pytest.raises(config_lib.Stopped):
         tpu.submit(tmp_path, options_of(tpu))
-    stopper.join()
+    sender.join()
     assert time.monotonic() - begun < 30
-    assert steps(fakes) == "state copy setup run delete"
+    assert fakes.calls[-1].endswith("ended")
+    assert [call.split()[4] for call in fakes.calls[-2:]] == ["delete", "delete"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_script_does_not_end_the_deletion(fakes, tmp_path, signum):
+    states(fakes, "ACTIVE")
+    fakes.answer(DELETE, "slow")
+    write(tmp_path, render(tpu))
+    process = fakes.start(["bash", str(tmp_path / "sweep.sh")])
+    while not any(" delete " in call for call in fakes.calls):
+        time.sleep(0.05)
+    os.killpg(process.pid, signum)
+    assert process.wait(30) == 0
+    assert fakes.calls[-1].endswith("ended")
+
+
+def test_only_the_first_signal_is_passed_on(tmp_path):
+    said, me = tmp_path / "said", os.getpid()
+    lines = [f"trap 'echo signal >> {said}' TERM", *(f"kill -TERM {me}; sleep 0.3; true" for _ in range(3))]
+    (tmp_path / "script.sh").write_text("\n".join(lines) + "\n")
+    with pytest.raises(config_lib.Stopped):
+        launchers.run_script(tmp_path / "script.sh")
+    assert said.read_text() == "signal\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As under nohup."""
+    (tmp_path / "script.sh").write_text(f"kill -HUP {os.getpid()}; sleep 0.3\n")
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launchers.run_script(tmp_path / "script.sh")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 def test_two_commands_do_not_share_a_tpu(fakes, monkeypatch):
     for name in ("PATH", "FAKES"):
         monkeypatch.setenv(name, fakes.environment()[name])
+    fakes.answer("*queued-resources list *", 0, launchers.sweep_name("/share/other/study"))
     tpu.require(options_of(tpu))
-    fakes.answer("*queued-resources list *", 0, "study")
-    with pytest.raises(config_lib.InputError, match="its TPU study is there already"):
+    fakes.answer("*queued-resources list *", 0, NAME)
+    with pytest.raises(config_lib.InputError, match=f"its TPU {NAME} is there already"):
         tpu.require(options_of(tpu))
 
 
@@ -213,6 +277,6 @@ def test_a_share_that_cannot_be_written_stops_the_sweep(worker, fakes, tmp_path)
 def test_a_folders_name_stays_one_word_of_the_scripts():
     files = render(tpu, workdir="/share/runs/my study")
     assert "WORKDIR='/share/runs/my study'\n" in files["worker.sh"]
-    assert re.search(r"^NAME=run-my-study-[0-9a-f]{6}$", files["sweep.sh"], re.MULTILINE)
+    assert re.search(r"^NAME=my-study-[0-9a-f]{6}$", files["sweep.sh"], re.MULTILINE)
     with pytest.raises(config_lib.InputError, match="--workdir="):
         render(tpu, workdir="/share/runs/$HOME")

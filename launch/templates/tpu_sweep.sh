@@ -3,26 +3,44 @@
 # TPU back however this script ends.
 set -euo pipefail
 cd "$(dirname "$0")"
+MOST_UNANSWERED=20 # half a minute each
 
 say() { echo "vitmed: $*" >&2; }
 requests() { gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" --quiet "${@:2}"; }
 on_workers() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --quiet --worker="$1" --command="bash worker.sh $2"; }
 
 give_back() {
+    trap '' TERM INT HUP # another signal must not end the deletion: the TPU would stay and cost
     say "giving the TPU $NAME back"
     requests delete --force || say "look whether it is still there: gcloud compute tpus queued-resources list --zone=$ZONE"
 }
 trap give_back EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
+
+# The state of the request, ABSENT only where gcloud says so: what fails otherwise, such as a login that has run out, says nothing of it.
+ask_state() {
+    state=$(requests describe --format='value(state.state)' 2>answer.txt) && return
+    if grep --quiet NOT_FOUND answer.txt; then state=ABSENT; else state=UNKNOWN; fi
+}
 
 attempt=0
 get_machine() {
-    local state
+    local state unanswered=0
     while :; do
-        state=$(requests describe --format='value(state.state)' 2>/dev/null) || state=ABSENT
+        ask_state
+        [ "$state" = UNKNOWN ] || unanswered=0
         case $state in
             ACTIVE) return ;;
+            UNKNOWN)
+                unanswered=$((unanswered + 1))
+                say "cannot ask for the state of $NAME, $unanswered of $MOST_UNANSWERED times: $(grep -m 1 ERROR answer.txt || tail -n 1 answer.txt)"
+                if [ "$unanswered" -ge "$MOST_UNANSWERED" ]; then
+                    say "gave up; the same command again goes on"
+                    exit 75
+                fi
+                ;;
             ABSENT)
                 attempt=$((attempt + 1))
                 if [ "$attempt" -gt "$ATTEMPTS" ]; then
