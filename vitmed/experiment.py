@@ -140,7 +140,8 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         if processes.count() > 1:  # of one alone, a signal may end it at once as long as there is nothing to save
             held.enter_context(signals)
         dataset, start, report = _inputs(experiment, run_folder)
-        signals.check()
+        if processes.count() > 1:
+            signals.check()
         processes.by_main(lambda: run_folder.create(config))
         machine.cache_programs()
         processes.by_main(lambda: held.enter_context(guard.lock(run_folder.path)))

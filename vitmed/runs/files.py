@@ -1,5 +1,6 @@
 """Files written whole or not at all, and JSON read with its faults named."""
 
+import contextlib
 import errno
 import json
 import math
@@ -8,7 +9,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,17 @@ from vitmed import config as config_lib
 LEFTOVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """MachineError where a path cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise config_lib.MachineError(
+            f"{path} could not be written: {error.strerror or error}; mend that and run the same command again"
+        ) from error
+
+
 def write_whole(path: str | os.PathLike, data: bytes, *, make_parent: bool = False) -> None:
     """Put data at path so that a reader, a crash or a power cut meets the old file or the new one; MachineError if it cannot.
 
@@ -25,7 +37,7 @@ def write_whole(path: str | os.PathLike, data: bytes, *, make_parent: bool = Fal
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # LEFTOVER knows the form
-    try:
+    with _writing(path):
         if make_parent:
             path.parent.mkdir(exist_ok=True)
         try:
@@ -38,10 +50,6 @@ def write_whole(path: str | os.PathLike, data: bytes, *, make_parent: bool = Fal
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise config_lib.MachineError(
-            f"{path} could not be written: {error.strerror or error}; mend that and run the same command again"
-        ) from error
 
 
 def remove_leftovers(folder: pathlib.Path) -> None:
@@ -128,7 +136,7 @@ def write_folder(path: pathlib.Path, contents: Mapping[str, bytes]) -> None:
     path = pathlib.Path(os.path.realpath(path))
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
+    with _writing(path):
         try:
             temporary.mkdir()
             for name, data in contents.items():
@@ -138,10 +146,6 @@ def write_folder(path: pathlib.Path, contents: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise config_lib.MachineError(
-            f"{path} could not be written: {error.strerror or error}; mend that and run the same command again"
-        ) from error
 
 
 def check_new_folder(path: pathlib.Path, refused: str) -> None:
