@@ -2,7 +2,8 @@
 
     python -m vitmed.main --config=configs/vit2d.py:dataset=breastmnist,patch=7 --workdir=runs/breast_p7
 
-Arguments: dataset (a 2D MedMNIST set or phantom2d), patch (7, or 7x14), variant (vit_ti, vit_s, vit_b, vit_l), size (28, 64, 128, 224),
+Arguments: dataset (a 2D MedMNIST set, phantom2d, or folder:PATH for your own images), patch (7, or 7x14), variant (vit_ti, vit_s, vit_b,
+vit_l), size (28, 64, 128, 224; of your own any, or 96x128 for height and width, or 0: as they are),
 pretrained (a file, a finished run's folder, a name such as timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, which is vit_ti's default,
 or empty: from scratch). Every field below is a flag: --config.train.epochs=20.
 """
@@ -22,18 +23,30 @@ AUGREG = {
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    given = config_lib.arguments(arg, dataset="breastmnist", patch=(7,), variant="vit_ti", size=28, pretrained="default")
+    given = config_lib.arguments(arg, dataset="breastmnist", patch=(7,), variant="vit_ti", size=(28,), pretrained="default")
     config = ml_collections.ConfigDict()
     config.seeds = (0, 1, 2)  # one independent run each, trained together
 
     config.data = ml_collections.ConfigDict()
     config.data.name = given["dataset"]
     config.data.rank = 2  # axes of an image: what this recipe is for
-    config.data.size = given["size"]  # pixels along each axis
+    config.data.size = given["size"]  # pixels along each axis; one entry stands for all axes
     config.data.resize = 0  # pixels along each axis that the network sees; 0: as they are
     config.data.invert = False  # the image seen is (256 - x) mod 256, the released code's uint8 overflow
     config.data.root = ""  # folder of .npz files; empty: $VITMED_DATA, then ~/.medmnist
     config.data.verify = True  # refuse a file whose MD5 is not the official one
+    # Of own data, folder:PATH, alone:
+    config.data.spacing = (0.0,)  # mm between pixels that images are resampled to, then cut or filled up to data.size; 0: resampled to it
+    config.data.window = (
+        "auto"  # what becomes 0 to 255: percentile, minmax, zscore, lung, LOW:HIGH, ...; auto: 8-bit as it is, else percentile
+    )
+    config.data.task = "auto"  # binary, multi-class, multi-label, ordinal; auto: by the labels
+    config.data.classes = ""  # names in order, comma-separated; empty: those that occur, sorted
+    config.data.shares = (0.7, 0.1, 0.2)  # of train, val and test, drawn by class and group where the CSV names no splits
+    config.data.split_seed = 0  # of that draw
+    config.data.folds = 0  # cross-validation: of so many parts one tests, the next one validates; 0: none
+    config.data.fold = 0  # which part tests, from 0
+    config.data.cache = ""  # folder of prepared images; empty: the user's cache folder
     config.data.placement = "auto"  # where the training images live: device, host, auto (device where they fit)
 
     config.model = ml_collections.ConfigDict()

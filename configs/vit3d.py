@@ -2,8 +2,8 @@
 
     python -m vitmed.main --config=configs/vit3d.py:dataset=fracturemnist3d,patch=7 --workdir=runs/fracture_p7
 
-Arguments as in vit2d.py: dataset (a 3D MedMNIST set or phantom3d), patch (7, or 2x7x7 for depth, height, width), variant, size (28, 64),
-pretrained.
+Arguments as in vit2d.py: dataset (a 3D MedMNIST set, phantom3d, or folder:PATH for your own volumes), patch (7, or 2x7x7 for depth,
+height, width), variant, size (28, 64; of your own any, or 32x64x64), pretrained.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from vitmed import config as config_lib
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run: the 2D recipe with what the study does otherwise in 3D."""
-    given = config_lib.arguments(arg, dataset="fracturemnist3d", patch=(7,), variant="vit_ti", size=28, pretrained="default")
+    given = config_lib.arguments(arg, dataset="fracturemnist3d", patch=(7,), variant="vit_ti", size=(28,), pretrained="default")
     recipe = pathlib.Path(__file__).with_name("vit2d.py")
     config = config_lib.from_file(recipe, f"variant={given['variant']},pretrained={given['pretrained']}")
     config.data.update(name=given["dataset"], rank=3, size=given["size"])

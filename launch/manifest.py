@@ -38,7 +38,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A config file (as given: relative to the checkout), the overrides for every point, and the names of the points of each task.
+    """A config file and its arguments (as given: relative to the checkout), the overrides for every point, the names of the tasks' points.
 
     `pack` is what the tasks were made with: how large a task of several points may be, as a share of the costliest point.
     """
@@ -116,7 +116,7 @@ def read(path: pathlib.Path, *, runs: bool = True) -> Manifest:
     fault = _fault(said)
     if fault is None and runs:
         try:
-            config_lib.find_file(said["config"])
+            config_lib.find_file(said["config"].partition(":")[0])
         except (config_lib.InputError, OSError) as error:  # OSError: a name that is too long
             fault = str(error)
     if fault is not None:

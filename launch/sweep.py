@@ -133,7 +133,7 @@ def merged(asked: sweep.Sweep, entries: Sequence[sweep.Entry], *, pack: float | 
     former = there(workdir)
     if former is None:
         pack = manifest_lib.PACK if pack is None else pack
-        return manifest_lib.Manifest(asked.path, dict(asked.overrides), tuple(found), manifest_lib.packed(found, pack), pack)
+        return manifest_lib.Manifest(asked.spec, dict(asked.overrides), tuple(found), manifest_lib.packed(found, pack), pack)
     path = workdir / manifest_lib.FILE_NAME
     fault = _other_sweep(former, asked)
     if fault is None and pack not in (None, former.pack):
@@ -145,8 +145,8 @@ def merged(asked: sweep.Sweep, entries: Sequence[sweep.Entry], *, pack: float | 
 
 def _other_sweep(former: manifest_lib.Manifest, asked: sweep.Sweep) -> str | None:
     """In what a manifest's sweep differs from the one that is asked for: what decides nothing about results may differ."""
-    if config_lib.find_file(former.config).resolve() != config_lib.find_file(asked.path).resolve():
-        return f"--config={former.config} there, --config={asked.path} here"
+    if config_lib.find_file(former.config.partition(":")[0]).resolve() != config_lib.find_file(asked.path).resolve():
+        return f"--config={former.config} there, --config={asked.spec} here"
     for field in sorted(former.overrides.keys() | asked.overrides.keys()):
         one, other = (overrides.get(field, "not given") for overrides in (former.overrides, asked.overrides))
         if one != other and not any(f"{field}.".startswith(f"{free}.") for free in folder.MAY_CHANGE):

@@ -71,7 +71,7 @@ def test_the_study_recipes_are_the_papers():
     for recipe in (flat, volume):
         assert (recipe.train.weight_decay, recipe.train.beta1, recipe.train.beta2, recipe.train.epsilon) == (0.05, 0.9, 0.999, 1e-8)
         assert (recipe.train.lr_step_epochs, recipe.train.lr_gamma) == (30, 0.5)
-        assert (recipe.model.variant, recipe.seeds, recipe.data.size) == ("vit_ti", (0, 1, 2), 28)
+        assert (recipe.model.variant, recipe.seeds, recipe.data.size) == ("vit_ti", (0, 1, 2), (28,))
     assert flat.augment.to_dict() == {
         "crop_scale": (0.8, 1.0), "crop_ratio": (3 / 4, 4 / 3), "rotation_degrees": 15.0, "flip_h": 0.0, "flip_w": 0.5,
         "quarter_turns": False, "brightness": 0.2, "contrast": 0.2,

@@ -105,7 +105,7 @@ def test_unknown_names_are_answered_with_known_ones(name, says):
         ("breastmnist", 32, "28, 64, 128, 224"),
         ("organmnist3d", 128, "comes in 28, 64;"),
         ("phantom2d", 224, "comes in 28, 64;"),
-        ("phantom3d", "28", "data.size='28'"),
+        ("phantom3d", (28, 28, 64), r"data.size=\(28, 28, 64\)"),
     ],
 )
 def test_a_size_that_does_not_exist_is_answered_with_those_that_do(name, size, says):

@@ -1,17 +1,20 @@
 """The fields of a config held against their limits, before data or devices are touched: each fault is one InputError."""
 
 import dataclasses
+import math
 
 import ml_collections
 
 from vitmed import config as config_lib
 from vitmed import cost
-from vitmed.data import sources
+from vitmed.data import folder, preparation, sources
 from vitmed.models import resample
 from vitmed.training import augment
 
 MOST = 10**6  # epochs, images in a batch
 MOST_PIXELS = 2**12  # along an axis of a resized image
+# Fields that only own data have a use for; data.cache may stand anywhere, as may data.root.
+OWN = tuple(f"data.{name}" for name in ("spacing", "window", "task", "classes", "shares", "split_seed", "folds", "fold"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,39 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
     if config.model.position_resize == "cut":
         resample.uncut_grid(**dataclasses.asdict(shapes))
     return shapes
+
+
+def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
+    """What `data` says of own data; InputError where it says something of a set that it is not for."""
+    data, rank = config.data, config.data.rank
+    if not sources.is_own(data.name):
+        for name, default in {name: value for name, value in config_lib.ADDED.items() if name in OWN}.items():
+            value = data[name.removeprefix("data.")]
+            usual = tuple(default) if isinstance(default, list) else default
+            config_lib.require(value == usual, name, value, f"{config_lib.example(usual)!r} with {data.name}: it is for folder:PATH alone")
+    size = config_lib.per_axis("data.size", data.size, rank, zero=True)
+    config_lib.require(max(size) <= MOST_PIXELS, "data.size", data.size, f"at most {MOST_PIXELS} along an axis")
+    config_lib.require(len(data.spacing) in (1, rank), "data.spacing", data.spacing, f"one number, or {rank} for {rank} axes")
+    for step in data.spacing:
+        config_lib.finite("data.spacing", step, least=0.0, most=1e3)
+    preparation.check_window(data.window)
+    config_lib.one_of("data.task", data.task, folder.TASKS)
+    good = len(data.shares) == 3 and all(math.isfinite(share) and share >= 0 for share in data.shares) and data.shares[0] > 0
+    config_lib.require(good, "data.shares", data.shares, "three numbers from 0 on, of train, val and test")
+    config_lib.require(data.folds == 0 or 3 <= data.folds <= 1000, "data.folds", data.folds, "0, or from 3 to 1000")
+    config_lib.require(0 <= data.fold < max(1, data.folds), "data.fold", data.fold, f"from 0 to less than data.folds={data.folds}")
+    return folder.Settings(
+        rank=rank,
+        spacing=data.spacing,
+        window=data.window,
+        task=data.task,
+        classes=data.classes,
+        shares=data.shares,
+        split_seed=data.split_seed,
+        folds=data.folds,
+        fold=data.fold,
+        cache=data.cache,
+    )
 
 
 def training(config: ml_collections.ConfigDict) -> None:

@@ -17,8 +17,17 @@ import ml_collections
 
 # Fields that configs did not always have, each with the value that does what was done before there was one: what older runs are read with.
 ADDED = {
+    "data.cache": "",
+    "data.classes": "",
+    "data.fold": 0,
+    "data.folds": 0,
     "data.invert": False,
     "data.resize": 0,
+    "data.shares": [0.7, 0.1, 0.2],
+    "data.spacing": [0.0],
+    "data.split_seed": 0,
+    "data.task": "auto",
+    "data.window": "auto",
     "model.attention": "auto",
     "model.kernel_size": [0],
     "model.position_resize": "bicubic",
@@ -156,7 +165,7 @@ def arguments(text: str, **defaults: Any) -> dict[str, Any]:
         if key not in defaults:
             raise UnknownArgumentError(item, defaults)
         if not separator:
-            raise InputError(f"config argument {key!r} has no value; write {key}={_example(defaults[key])}")
+            raise InputError(f"config argument {key!r} has no value; write {key}={example(defaults[key])}")
         values[key] = parse(f"config argument {key}", value, defaults[key])
     return values
 
@@ -196,7 +205,7 @@ def parse(name: str, text: str, like: Any) -> Any:
         return type(like)(value)
     except (ValueError, KeyError, OverflowError) as error:
         kind = {bool: "true or false", int: "a whole number", float: "a number", tuple: "a list of numbers"}[type(like)]
-        raise InputError(f"{name}={text}: not {kind}; write {name}={_example(like)}") from error
+        raise InputError(f"{name}={text}: not {kind}; write {name}={example(like)}") from error
 
 
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:
@@ -210,7 +219,8 @@ def patch_text(patch_size: Sequence[int]) -> str:
     return str(patch_size[0]) if len(set(patch_size)) == 1 else "x".join(map(str, patch_size))
 
 
-def _example(like: Any) -> str:
+def example(like: Any) -> str:
+    """A value as it is written on the command line."""
     return ",".join(map(str, like)) if isinstance(like, tuple) else str(like)
 
 
@@ -235,6 +245,9 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         section, _, field = name.partition(".")
         if isinstance(complete.get(section), dict):
             complete[section].setdefault(field, value)
+    data = complete.get("data")
+    if isinstance(data, dict) and isinstance(data.get("size"), int) and not isinstance(data["size"], bool):  # one for all axes, once
+        data["size"] = [data["size"]]
     return complete
 
 
@@ -261,7 +274,7 @@ def conform(config: Mapping[str, Any], where: str) -> None:
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """InputError 'name=value: must be allowed' unless the condition holds."""
     if not condition:
-        raise InputError(f"{name}={_example(value)}: must be {allowed}")
+        raise InputError(f"{name}={example(value)}: must be {allowed}")
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> str:

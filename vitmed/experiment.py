@@ -154,6 +154,8 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         run_folder.tidy()
         if not _begun(run_folder):
             run_folder.write_model(experiment.network.record(report))
+        if all(split.examples is not None for split in dataset.splits.values()):
+            run_folder.write_examples({name: split.examples for name, split in dataset.splits.items()})
         record = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
         processes.most(0)  # process 0 has written it before any other ends, or goes on to a sweep's next point
     return record
@@ -162,6 +164,8 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
 def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, Any, Any]:
     """The data, and parameters and report as `_start` gives them; InputError where the processes of a run have not the same."""
     dataset = processes.main_first(experiment.load)
+    if dataset.words and processes.is_main():
+        print(f"vitmed: {dataset.words}", file=sys.stderr)
     start, report = processes.by_all(lambda: _start(experiment, run_folder))
     if processes.count() > 1:
         processes.same("settings", folder.digest(experiment.config.to_dict()))

@@ -136,8 +136,7 @@ def read(run: collection.Run, config: ml_collections.ConfigDict, kind: str) -> S
     planned = planning.plan(config, network.of_record(run_folder.read_model(), str(run_folder.model)))
     if kind == "stablehlo":
         stablehlo.require_size(run.result["num_params"])
-    data = config.data  # read as it is stored: a set that training inverts is inverted within the exported program
-    dataset = sources.load(data.name, size=data.size, root=data.root, verify=data.verify)
+    dataset = planned.load(as_stored=True)  # a set that training inverts is inverted within the exported program
     test = dataset.splits["test"]
     if dataset.md5 != run.result["data_md5"] or not np.array_equal(test.labels, run.labels):
         theirs = f"MD5 {run.result['data_md5']}, these have {dataset.md5}"

@@ -27,6 +27,7 @@ class Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: weights_lib.Weights | None = None
+    description: sources.Description | None = None  # of the data; None of a run that an older version recorded
 
     def record(self, report: pretrained.Report | None) -> dict[str, Any]:
         """What model.json says: enough to build the network again, and what became of the weights."""
@@ -34,6 +35,7 @@ class Network:
             "architecture": dataclasses.asdict(self.architecture),
             "mean": self.mean,
             "std": self.std,
+            "data": None if self.description is None else dataclasses.asdict(self.description),
             "weights": None
             if report is None
             else {"file": self.weights.path.name, **dataclasses.asdict(report), "loaded": len(report.loaded)},
@@ -50,7 +52,12 @@ def of_record(record: Mapping[str, Any], where: str) -> Network:
         good = good and isinstance(numbers, list) and bool(numbers) and all(isinstance(number, float) for number in numbers)
     if not good:
         raise config_lib.InputError(f"{where} is not what this version writes; restore it from a copy or run into another folder")
-    return Network(build.Architecture(**said), tuple(record["mean"]), tuple(record["std"]))
+    data = record.get("data")
+    try:
+        description = None if data is None else sources.of_record(data)
+    except (TypeError, ValueError) as error:
+        raise config_lib.InputError(f"{where} does not say what its data are; restore it from a copy or run into another folder") from error
+    return Network(build.Architecture(**said), tuple(record["mean"]), tuple(record["std"]), description=description)
 
 
 def of_config(config: ml_collections.ConfigDict, description: sources.Description) -> Network:
@@ -69,7 +76,7 @@ def of_config(config: ml_collections.ConfigDict, description: sources.Descriptio
     config_lib.require(min(std) > 0, "model.std", std, "positive")
     variant = build.variant(model.variant)
     if not model.pretrained:
-        return Network(build.pooled(variant, model.pooling), mean, std)
+        return Network(build.pooled(variant, model.pooling), mean, std, description=description)
     weights = weights_lib.describe(model.pretrained, expected=variant)
     if model.in_channels not in (1, weights.in_channels) and weights.in_channels != 1:
         raise config_lib.InputError(f"model.in_channels={model.in_channels}: {model.pretrained} is for {weights.in_channels} channels")
@@ -77,7 +84,7 @@ def of_config(config: ml_collections.ConfigDict, description: sources.Descriptio
     if "auto" in (model.mean, model.std):
         known = weights_lib.preprocessing(model.pretrained)
         mean, std = (_normalisation(config, name, auto) for name, auto in zip(("mean", "std"), known, strict=True))
-    return Network(architecture, mean, std, weights)
+    return Network(architecture, mean, std, weights, description)
 
 
 def _normalisation(config: ml_collections.ConfigDict, name: str, auto: tuple[float, ...]) -> tuple[float, ...]:

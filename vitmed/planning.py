@@ -10,7 +10,7 @@ import ml_collections
 from vitmed import checks, cost
 from vitmed import config as config_lib
 from vitmed import network as networks
-from vitmed.data import sources
+from vitmed.data import preparation, sources
 from vitmed.models import attention, vit
 from vitmed.training import augment, sharding
 
@@ -95,10 +95,17 @@ class Experiment:
         """What a person calls this run."""
         return f"{self.description.name} patch {config_lib.patch_text(self.patch_size)}"
 
-    def load(self) -> sources.Dataset:
-        """The data, found or downloaded."""
+    def load(self, *, as_stored: bool = False) -> sources.Dataset:
+        """The data, found or downloaded; `as_stored` before `data.invert`."""
         data = self.config.data
-        return sources.load(data.name, size=data.size, root=data.root, verify=data.verify, invert=data.invert)
+        how = {"verify": data.verify, "invert": data.invert and not as_stored, "own": checks.own_data(self.config)}
+        return sources.load(data.name, size=data.size, root=data.root, **how)
+
+    @property
+    def preparation(self) -> preparation.Preparation:
+        """How a file becomes an image such as the run is trained on."""
+        data = self.config.data
+        return preparation.Preparation(data.rank, self.description.num_channels, data.size, data.spacing, data.window)
 
 
 def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
@@ -107,7 +114,10 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
     """
     config_lib.conform(config.to_dict(), "the config")
-    description = sources.describe(config.data.name, config.data.size)
+    own = checks.own_data(config)
+    description = recorded and recorded.description
+    if description is None:
+        description = sources.describe(config.data.name, config.data.size, root=config.data.root, own=own)
     if config.data.rank != description.rank:
         other = {2: "configs/vit2d.py", 3: "configs/vit3d.py"}[description.rank]
         raise config_lib.InputError(

@@ -40,14 +40,21 @@ class Entry:
 class Sweep:
     """A config file, the overrides for every point, all points and the entries that were asked for.
 
+    `spec` is the file and, after a colon, the arguments that hold for all points.
+
     `team` are the processes that make each point's run together, each going through the points by itself; None: they are run here alone.
     """
 
-    path: str
+    spec: str
     overrides: Mapping[str, str]
     points: Sequence[points.Point]
     entries: Sequence[Entry]
     team: cluster.Cluster | None = None
+
+    @property
+    def path(self) -> str:
+        """The config file."""
+        return self.spec.partition(":")[0]
 
     @property
     def speaks(self) -> bool:
@@ -63,9 +70,7 @@ def read(spec: str, overrides: Mapping[str, str], *, selection: str | Collection
     are looked for.
     """
     path, _, argument = spec.partition(":")
-    if argument:
-        raise config_lib.InputError(f"--config={spec}: with --sweep the points give the arguments; leave out :{argument}")
-    every = points.of_sweep(config_lib.load_module(path))
+    every = points.of_sweep(config_lib.load_module(path), argument)
     varied = points.varied([config_lib.load(f"{path}:{point.argument}").to_dict() for point in every])
     for field in sorted((varied | points.named(every)) & overrides.keys()):
         raise config_lib.InputError(f"--config.{field}: the sweep sets it; leave it out, or run one point without --sweep")
@@ -76,7 +81,7 @@ def read(spec: str, overrides: Mapping[str, str], *, selection: str | Collection
         result = run_folder and experiment.finished(config, run_folder)
         recorded = run_folder and experiment.recorded_network(run_folder)
         entries.append(Entry(point, run_folder, forecast.outline(config, recorded), result))
-    return Sweep(path, overrides, every, entries)
+    return Sweep(spec, overrides, every, entries)
 
 
 def _chosen(every: Sequence[points.Point], selection: str | Collection[str] | None) -> Sequence[points.Point]:

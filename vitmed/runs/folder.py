@@ -1,11 +1,13 @@
 """What a run leaves on disk: one schema, every file written whole or not at all, and read back with its faults named.
 
 A folder belongs to one configuration: a run with another one is refused before anything is written. Files:
-config.json, model.json (the network, and what became of pretrained weights), metrics.jsonl (a line per epoch), checkpoints/,
-predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json, and failure.json where a sweep's point failed.
+config.json, model.json (the network, what it was fed, what became of pretrained weights), metrics.jsonl (a line per epoch), checkpoints/,
+examples.csv (of own data: the file of each row), predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json,
+and failure.json where a sweep's point failed.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
+import csv
 import functools
 import hashlib
 import importlib.resources
@@ -26,6 +28,7 @@ from vitmed.runs import files
 
 SCHEMA_VERSION = 1
 MAY_CHANGE = (
+    "data.cache",
     "data.root",
     "model.attention",
     "mesh",
@@ -100,6 +103,7 @@ class RunFolder:
         self.config = self.path / "config.json"
         self.model = self.path / "model.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.examples = self.path / "examples.csv"
         self.checkpoints = self.path / "checkpoints"
         self.result = self.path / "result.json"
         self.failure = self.path / "failure.json"
@@ -190,6 +194,16 @@ class RunFolder:
         except FileNotFoundError:
             return []
         return [files.parse_json(line, where=f"{self.metrics} line {number}") for number, line in enumerate(lines, start=1)]
+
+    def write_examples(self, examples: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+        """Write which file each row of a split's predictions is of."""
+        text = io.StringIO()
+        names = list(next(iter(next(iter(examples.values())))))
+        rows = csv.DictWriter(text, ["split", "row", *names], lineterminator="\n")
+        rows.writeheader()
+        for split, of_split in examples.items():
+            rows.writerows({"split": split, "row": row, **example} for row, example in enumerate(of_split))
+        self._write(self.examples, text.getvalue().encode())
 
     def write_predictions(self, split: str, *, labels: np.ndarray, probabilities: np.ndarray, seeds: Sequence[int]) -> None:
         """Write labels int [N, L], probabilities [R, N, K] (as float32) and seeds [R]; the same arrays give the same bytes."""

@@ -44,7 +44,7 @@ class DataSet:
     source: str  # its name whatever the size of its images
     task: str
     rank: int
-    num_pixels: int  # of an image as it is stored, along an axis
+    num_pixels: tuple[int, ...]  # of an image as it is stored, along each axis or along all
     num_images: int
     series: tuple[Series, ...]
 

@@ -35,7 +35,7 @@ class Run:
     def dataset(self) -> str:
         """The data set's name, with its size where that is not MedMNIST's usual 28."""
         name, size = self.result["dataset"], self.config["data.size"]
-        return name if size == 28 else f"{name} {size}"
+        return name if set(size) == {28} else f"{name} {config_lib.patch_text(size)}"
 
     @property
     def task(self) -> str:
@@ -130,7 +130,7 @@ def read(path: pathlib.Path) -> Run:
     return Run(
         path=path,
         result=result,
-        config=config_lib.flatten(config),
+        config=config_lib.flatten(config_lib.as_tuples(config_lib.completed(config))),
         epochs=(),
         labels=predictions.labels,
         probabilities=probabilities,

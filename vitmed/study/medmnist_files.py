@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Sequence
 
+from vitmed import config as config_lib
 from vitmed.study import collection
 
 
@@ -28,7 +29,7 @@ def _label(run: collection.Run) -> str:
 
 def _of_run(run: collection.Run, label: str) -> dict[str, str]:
     flag, size = run.result["dataset"], run.config["data.size"]
-    named = flag if size == 28 else f"{flag}_{size}"
+    named = flag if set(size) == {28} else f"{flag}_{config_lib.patch_text(size)}"
     files = {}
     for index, seed in enumerate(run.seeds):
         auc, accuracy = (run.of_seeds("test", name)[index] for name in ("auc", "accuracy"))

@@ -1,6 +1,7 @@
 """The points of a sweep: a config's `sweep()` gives the arguments of each, and each has a folder named after them."""
 
 import dataclasses
+import inspect
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,18 +28,35 @@ class Point:
         return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts))
 
 
-def of_sweep(module: Any) -> list[Point]:
-    """The points of a config module; InputError where it has no `sweep()` or two of its points share a name."""
+def of_sweep(module: Any, argument: str = "") -> list[Point]:
+    """The points of a config module; InputError where it has no `sweep()` or two of its points share a name.
+
+    `argument` (key=value,...) holds for all points: it takes the place of what they would vary, and a `sweep` that takes an argument is
+    given it.
+    """
     if not hasattr(module, "sweep"):
         raise config.InputError(f"{module.__file__}: has no sweep(); leave --sweep out, or add one as in configs/vit2d.py")
     with config.errors_of(pathlib.Path(module.__file__)):
-        points = [Point({key: str(value) for key, value in arguments.items()}) for arguments in module.sweep()]
+        given = (argument,) if inspect.signature(module.sweep).parameters else ()
+        points = [Point({key: str(value) for key, value in arguments.items()}) for arguments in module.sweep(*given)]
+    if argument:
+        points = shared(points, argument)
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not points:
         fault = f"has several points named {', '.join(twice)}" if twice else "is empty"
         raise config.InputError(f"{module.__file__}: sweep() {fault}; every point needs arguments of its own")
     return points
+
+
+def shared(points: Sequence[Point], argument: str) -> list[Point]:
+    """The points with these arguments instead of their own; of those that are then alike one is left."""
+    items = [item.partition("=") for item in argument.split(",") if item]
+    given = {key: value for key, separator, value in items if separator}
+    if len(given) < len(items):
+        raise config.InputError(f"config argument {argument!r}: write key=value,key=value with every key once")
+    every = [Point({**point.arguments, **given}) for point in points]
+    return list({point.argument: point for point in every}.values())
 
 
 def selected(points: Sequence[Point], expression: str) -> list[Point]:

@@ -1,0 +1,255 @@
+"""Reading one file: orientation, spacing, rescaling, windows, resampling; and what is said of files that cannot be read."""
+
+import pathlib
+
+import nibabel
+import numpy as np
+import own_files
+import pydicom
+import pytest
+import tifffile
+from skimage import transform
+
+from vitmed import config
+from vitmed.data import preparation, volumes
+
+AS_IS = preparation.Preparation(rank=3, num_channels=1, window="0:510")
+
+
+def read(path, rank=3):
+    return volumes.read(pathlib.Path(path), rank)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "LPI", "AIR", "SPL"])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_nifti_comes_in_ras_whatever_its_orientation(tmp_path, orientation, suffix):
+    values = own_files.landmarks()
+    own_files.write_nifti(tmp_path / f"a{suffix}", values, orientation=orientation, spacing=(3.0, 2.0, 1.0))
+    image = read(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(image.values[..., 0], values)
+    assert image.values.dtype == np.int16
+    assert image.spacing == (3.0, 2.0, 1.0)
+    np.testing.assert_allclose(image.affine, np.diag([1.0, 2.0, 3.0, 1.0]), atol=1e-6)
+
+
+def test_a_scaled_nifti_comes_in_its_own_units(tmp_path):
+    file = nibabel.Nifti1Image(np.array([[[0, 10]]], np.int16), np.eye(4))
+    file.header.set_slope_inter(2.0, -1000.0)
+    nibabel.save(file, tmp_path / "a.nii")
+    assert read(tmp_path / "a.nii").values.ravel().tolist() == [-1000.0, -980.0]
+
+
+@pytest.mark.parametrize("order", [None, [4, 2, 0, 3, 1]])
+def test_a_dicom_series_is_sorted_by_place_and_comes_in_ras(tmp_path, order):
+    values = own_files.landmarks() - 1000
+    path = own_files.write_series(tmp_path / "ct", values, order=order, intercept=-1024)
+    image = read(path)
+    np.testing.assert_array_equal(image.values[..., 0], values)
+    assert image.spacing == pytest.approx((2.0, 1.0, 0.5))
+    np.testing.assert_allclose(image.affine, np.diag([0.5, 1.0, 2.0, 1.0]), atol=1e-6)
+
+
+def test_the_same_volume_as_nifti_and_as_dicom_lies_at_the_same_place(tmp_path):
+    values = own_files.landmarks()
+    own_files.write_nifti(tmp_path / "a.nii", values, spacing=(2.0, 1.0, 0.5), orientation="LAS")
+    series, file = read(own_files.write_series(tmp_path / "ct", values)), read(tmp_path / "a.nii")
+    np.testing.assert_array_equal(series.values, file.values)
+    np.testing.assert_allclose(series.affine, file.affine, atol=1e-6)
+
+
+def test_dicom_frames_are_slices_in_their_order(tmp_path):
+    values = own_files.landmarks().astype(np.uint16)
+    own_files.write_dicom(tmp_path / "frames.dcm", values, SliceThickness=4.0)
+    image = read(tmp_path / "frames.dcm")
+    np.testing.assert_array_equal(image.values[..., 0], values)
+    assert image.spacing == (4.0, 1.0, 1.0)
+
+
+def test_placed_frames_are_turned_as_a_series_is(tmp_path):
+    values = own_files.landmarks()
+    lps = values[:, ::-1, ::-1].astype(np.uint16)
+    own_files.write_dicom(tmp_path / "frames.dcm", lps, position=(-6, -5, 0), SpacingBetweenSlices=2.0)
+    np.testing.assert_array_equal(read(tmp_path / "frames.dcm").values[..., 0], values)
+
+
+def test_monochrome1_is_turned_to_dark(tmp_path):
+    pixels = np.array([[0, 4095], [100, 7]], np.uint16)
+    own_files.write_dicom(tmp_path / "xray", pixels, PhotometricInterpretation="MONOCHROME1")
+    assert read(tmp_path / "xray", rank=2).values[..., 0].tolist() == [[4095, 0], [3995, 4088]]
+
+
+def test_pictures(tmp_path):
+    gray, colour = np.arange(12, dtype=np.uint8).reshape(3, 4), np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    deep = (gray.astype(np.uint16) + 1) * 1000
+    for name, values in {"g.png": gray, "c.png": colour, "d.png": deep, "g.tif": gray, "d.tiff": deep, "c.tif": colour}.items():
+        own_files.write_picture(tmp_path / name, values)
+        np.testing.assert_array_equal(read(tmp_path / name, rank=2).values.squeeze(), values, err_msg=name)
+    assert volumes.num_channels(tmp_path / "c.png") == 3
+    assert volumes.num_channels(tmp_path / "d.png") == 1
+
+
+def test_the_pages_of_a_tiff_are_slices(tmp_path):
+    values = own_files.landmarks().astype(np.uint16)
+    tifffile.imwrite(tmp_path / "stack.tif", values)
+    np.testing.assert_array_equal(read(tmp_path / "stack.tif").values[..., 0], values)
+
+
+def broken(tmp_path, kind):
+    path = tmp_path / {"nifti": "a.nii.gz", "png": "a.png", "dicom": "a.dcm", "text": "a.nii", "tiff": "a.tif"}[kind]
+    if kind == "nifti":
+        own_files.write_nifti(path, own_files.landmarks((20, 20, 20)))
+    elif kind in ("png", "tiff"):
+        own_files.write_picture(path, np.random.default_rng(0).integers(0, 255, (50, 50), np.uint8))
+    elif kind == "dicom":
+        own_files.write_dicom(path, np.ones((20, 20), np.uint16))
+    else:
+        path.write_text("not an image")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if kind != "text" else data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["nifti", "png", "dicom", "text", "tiff"])
+def test_a_broken_file_is_named(tmp_path, kind):
+    path = broken(tmp_path, kind)
+    with pytest.raises(volumes.Unreadable) as raised:
+        read(path, rank=2 if kind in ("png", "dicom", "tiff") else 3)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def four_d(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((3, 3, 3, 4), np.int16), np.eye(4)), tmp_path / "a.nii")
+    return tmp_path / "a.nii"
+
+
+def gap(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    (path / "002.dcm").unlink()
+    return path
+
+
+def two_series(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    own_files.write_dicom(path / "other.dcm", np.zeros((6, 7), np.int16), series="9.9", position=(0, 0, 99))
+    return path
+
+
+def twice(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    own_files.write_dicom(path / "phase2.dcm", np.zeros((6, 7), np.int16), position=(-3, -5, 2.0))
+    return path
+
+
+def tilted(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    header = pydicom.dcmread(path / "004.dcm")
+    header.ImageOrientationPatient = [1, 0, 0, 0, 0, 1]
+    header.save_as(path / "004.dcm")
+    return path
+
+
+def picture(tmp_path):
+    own_files.write_picture(tmp_path / "a.png", np.zeros((3, 3), np.uint8))
+    return tmp_path / "a.png"
+
+
+def infinite(tmp_path):
+    own_files.write_nifti(tmp_path / "a.nii", np.full((2, 2, 2), np.nan, np.float32))
+    return tmp_path / "a.nii"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (four_d, "4D"),
+        (gap, "slices are missing"),
+        (two_series, "2 DICOM series"),
+        (twice, "at one place"),
+        (tilted, "different planes"),
+        (picture, "configs/vit2d.py"),
+        (infinite, "NaN"),
+    ],
+)
+def test_what_is_no_volume_is_named_with_the_reason(tmp_path, make, says):
+    path = make(tmp_path)
+    with pytest.raises(volumes.Unreadable, match=says) as raised:
+        read(path)
+    assert str(path) in str(raised.value)
+
+
+# --- preparation ----------------------------------------------------------------------------------------------------------------
+
+
+def image(values, spacing=None):
+    return volumes.Image(np.asarray(values)[..., None], spacing=spacing)
+
+
+def prepared(made, path=pathlib.Path("file"), **how):
+    return preparation.finished(made, preparation.Preparation(**{"rank": made.values.ndim - 1, "num_channels": 1, **how}), path)
+
+
+def test_8_bit_images_stay_as_they_are():
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    np.testing.assert_array_equal(prepared(image(values))[..., 0], values)
+
+
+@pytest.mark.parametrize(
+    ("window", "low", "high"), [("lung", -1350, 150), ("brain", 0, 80), ("-100.5:50", -100.5, 50), ("minmax", -2000, 3000)]
+)
+def test_a_window_maps_its_bounds_to_0_and_255(window, low, high):
+    values = np.array([[-2000.0, low, (low + high) / 2], [high, 3000.0, (3 * low + high) / 4]], np.float32)
+    expected = np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+    np.testing.assert_array_equal(prepared(image(values), window=window)[..., 0], expected)
+
+
+def test_percentile_and_zscore():
+    values = np.random.default_rng(0).normal(50, 7, (40, 50))
+    low, high = np.percentile(values, [0.5, 99.5])
+    for window, (a, b) in {"percentile": (low, high), "auto": (low, high), "zscore": (50 - 21, 50 + 21)}.items():
+        expected = np.clip((values - a) / (b - a), 0, 1) * 255
+        np.testing.assert_allclose(prepared(image(values), window=window)[..., 0], expected, atol=2.0 if window == "zscore" else 0.6)
+    assert not prepared(image(np.full((4, 4), 7, np.int16))).any()  # one value everywhere
+
+
+def test_shrinking_is_antialiased_and_keeps_the_mean():
+    checks = (np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    small = prepared(image(checks), size=(8,))
+    assert small.shape == (8, 8, 1)
+    np.testing.assert_allclose(small, 127.5, atol=5)  # without antialiasing: 0 or 255
+
+
+def test_resizing_is_scikit_images():
+    values = np.random.default_rng(0).random((9, 20, 7, 1), np.float32)
+    for size in ((9, 20, 7), (3, 7, 7), (12, 5, 21)):
+        reference = transform.resize(values, (*size, 1), order=1, mode="edge", anti_aliasing=True)
+        np.testing.assert_allclose(preparation.resized(values, size), reference, atol=1e-5)
+
+
+def test_a_spacing_makes_voxels_of_that_size_and_then_the_shape():
+    ball = np.zeros((20, 40, 40), np.uint8)
+    ball[5:15, 10:30, 10:30] = 255  # 20 mm along each axis
+    made = prepared(image(ball, spacing=(2.0, 1.0, 1.0)), size=(10, 12, 30), spacing=(2.0,))
+    inside = made[..., 0] > 127
+    assert made.shape == (10, 12, 30, 1)
+    assert [int(inside.any(axis=axes).sum()) for axes in ((1, 2), (0, 2), (0, 1))] == [10, 10, 10]
+    assert inside[:, 1:11, 10:20].all()  # in the middle, filled up with 0
+
+
+def test_what_has_no_spacing_cannot_be_brought_to_one():
+    with pytest.raises(volumes.Unreadable, match=r"its spacing.*data\.spacing"):
+        prepared(image(np.zeros((4, 4), np.uint8)), spacing=(1.0,))
+
+
+def test_channels():
+    gray, colours = np.full((2, 2, 1), 5, np.uint8), np.array([[[1, 2, 3]]], np.uint8)
+    assert preparation.in_channels(gray, 3, pathlib.Path("a")).shape == (2, 2, 3)
+    assert preparation.in_channels(np.repeat(gray, 3, -1), 1, pathlib.Path("a")).shape == (2, 2, 1)
+    with pytest.raises(volumes.Unreadable, match="a: a colour image"):
+        preparation.in_channels(colours, 1, pathlib.Path("a"))
+
+
+@pytest.mark.parametrize("window", ["lungs", "3:1", "1:nan", "", "1:2:3", "x:2"])
+def test_windows_that_are_none(window):
+    with pytest.raises(config.InputError, match=r"data\.window="):
+        preparation.check_window(window)
