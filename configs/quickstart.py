@@ -15,7 +15,7 @@ from vitmed import config as config_lib
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; arguments: dataset (phantom2d, phantom3d), patch, variant, size, pretrained."""
-    given = config_lib.arguments(arg, dataset="phantom2d", patch=(7,), variant="vit_mini", size=28, pretrained="")
+    given = config_lib.arguments(arg, dataset="phantom2d", patch=(7,), variant="vit_mini", size=(28,), pretrained="")
     recipe = {"phantom3d": "vit3d.py"}.get(given["dataset"], "vit2d.py")
     config = config_lib.from_file(pathlib.Path(__file__).with_name(recipe))
     config.seeds = (0, 1)

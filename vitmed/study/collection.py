@@ -91,8 +91,7 @@ def read_all(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
         for run in runs
         if run.result["failed_seeds"]
     ]
-    runs, strangers = same_data(runs)
-    return runs, faults + strangers
+    return runs, faults
 
 
 def is_run(path: pathlib.Path) -> bool:

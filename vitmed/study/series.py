@@ -13,7 +13,7 @@ from typing import Any
 
 from vitmed import config as config_lib
 from vitmed.runs import folder
-from vitmed.study import collection
+from vitmed.study import collection, folds
 
 # What may differ within a series: the data set and its recipe's rank, what is swept, and what the config's digest leaves out.
 WITHIN_A_SERIES = ("data.name", "data.rank", "model.patch_size", "seeds", *folder.MAY_CHANGE)
@@ -27,6 +27,9 @@ def collect(roots: Sequence[pathlib.Path]) -> tuple[list[collection.Run], list[s
     InputError where a folder does not exist, or there is no finished run at all.
     """
     runs, faults = collection.read_all(roots)
+    runs, folds_missing = folds.pooled(runs)
+    runs, strangers = collection.same_data(runs)
+    faults += folds_missing + strangers
     runs, twins = without_twins(ordered(named(runs)))
     return runs, faults + twins
 
