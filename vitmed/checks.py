@@ -7,9 +7,9 @@ import ml_collections
 
 from vitmed import config as config_lib
 from vitmed import cost
-from vitmed.data import folder, preparation, sources
+from vitmed.data import folder, pipeline, preparation, sources
 from vitmed.models import resample
-from vitmed.training import augment
+from vitmed.training import augment, optim
 
 MOST = 10**6  # epochs, images in a batch
 MOST_PIXELS = 2**12  # along an axis of a resized image
@@ -94,6 +94,34 @@ def training(config: ml_collections.ConfigDict) -> None:
     config_lib.finite("train.epsilon", train.epsilon, least=1e-20, most=1e3)
     for name in ("beta1", "beta2"):
         config_lib.require(0 <= train[name] < 1, f"train.{name}", train[name], "from 0 to less than 1")
+    config_lib.require(0 <= train.patience <= MOST, "train.patience", train.patience, f"from 0 to {MOST}")
+    config_lib.one_of("train.schedule", train.schedule, optim.SCHEDULES)
+    within = 0 <= train.warmup_epochs < train.epochs
+    allowed = f"from 0 to less than the {train.epochs} of train.epochs"
+    config_lib.require(within, "train.warmup_epochs", train.warmup_epochs, allowed)
+    config_lib.require(0 < train.layer_decay <= 1, "train.layer_decay", train.layer_decay, "above 0 and at most 1")
+    config_lib.require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "from 0 to less than 1")
+
+
+def objective(config: ml_collections.ConfigDict, description: sources.Description) -> None:
+    """What `train` says of the training loss and of how often each class is seen, for a set."""
+    train, number = config.train, description.num_classes
+    config_lib.require(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "from 0 to less than 1")
+    config_lib.finite("train.focal_gamma", train.focal_gamma, least=0.0, most=100.0)
+    config_lib.finite("train.mixup", train.mixup, least=0.0, most=1e3)
+    if isinstance(train.class_weights, str):
+        config_lib.one_of("train.class_weights", train.class_weights, ("none", "balanced"))
+    else:
+        weights = tuple(train.class_weights)
+        good = len(weights) == number and all(1e-6 <= weight <= 1e6 for weight in weights)
+        allowed = f"none, balanced, or {number} numbers from 1e-06 to 1e+06, one per class ({', '.join(description.class_names)})"
+        config_lib.require(good, "train.class_weights", weights, allowed)
+    config_lib.one_of("train.sampler", train.sampler, pipeline.SAMPLERS)
+    if train.sampler == "balanced" and description.task == "multi-label":
+        raise config_lib.InputError(
+            f"train.sampler=balanced: {description.name} has several labels per image, which no choice of images balances one by one; "
+            "take train.class_weights=balanced instead"
+        )
 
 
 def seeds(config: ml_collections.ConfigDict) -> tuple[int, ...]:

@@ -31,9 +31,23 @@ ADDED = {
     "model.attention": "auto",
     "model.kernel_size": [0],
     "model.position_resize": "bicubic",
+    "train.class_weights": "none",
+    "train.ema_decay": 0.0,
+    "train.focal_gamma": 0.0,
+    "train.label_smoothing": 0.0,
+    "train.layer_decay": 1.0,
     "train.micro_batch_size": 0,
+    "train.mixup": 0.0,
+    "train.patience": 0,
     "train.remat": "auto",
+    "train.sampler": "shuffled",
+    "train.schedule": "step",
+    "train.warmup_epochs": 0.0,
 }
+
+
+# Words that stand in a field where numbers may stand as well.
+WORDS = ("auto", "none", "balanced")
 
 
 class InputError(ValueError):
@@ -188,11 +202,11 @@ def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
 
 
 def parse(name: str, text: str, like: Any) -> Any:
-    """The value written in `text`, of the type of `like`; where `like` is 'auto', numbers or a word."""
-    if like == "auto":
+    """The value written in `text`, of the type of `like`; where `like` is one of WORDS, numbers or a word."""
+    if like in WORDS:
         with contextlib.suppress(ValueError, OverflowError):
             return _numbers(text, float)
-    if isinstance(like, str) or text == "auto":
+    if isinstance(like, str) or text == "auto" or (isinstance(like, tuple) and text in WORDS):
         return text
     try:
         if isinstance(like, tuple):
@@ -259,7 +273,7 @@ def conform(config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where} {word} {', '.join(sorted(names))}; take the fields of configs/vit2d.py of this version")
     for name, like in reference.items():
         value = fields[name]
-        kinds = (str, tuple) if like == "auto" else (int, float) if isinstance(like, float) else (type(like),)
+        kinds = (str, tuple) if like in WORDS else (int, float) if isinstance(like, float) else (type(like),)
         good = isinstance(value, kinds) and isinstance(value, bool) == isinstance(like, bool)
         if isinstance(value, tuple):
             number = int if isinstance(like, tuple) and isinstance(like[0], int) else (int, float)

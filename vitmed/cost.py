@@ -182,6 +182,7 @@ def training_memory(
     num_runs: int = 1,
     mapped: bool = False,
     scanned: bool = False,
+    averaged: bool = False,
     bytes_per_activation: int = 4,
     split_bytes: int = 0,
     waiting_bytes: int = 0,
@@ -190,7 +191,8 @@ def training_memory(
 
     `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them; both count no weights where
     attention keeps none. `split_bytes` is the training split, where it lives on the device; where a batch goes through the model in parts
-    of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far.
+    of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far. A state that is `averaged` holds one more
+    copy of the parameters.
 
     The least: parameters, two Adam moments and the best parameters of every run, and for the runs computed at once either the gradients
     or, where these are more, what the backward pass needs. The likely is fitted to what XLA 0.10 says of the compiled step on a CPU
@@ -201,11 +203,11 @@ def training_memory(
     vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
-    state = 4 * params * num_runs + split_bytes
+    state = (4 + averaged) * params * num_runs + split_bytes
     kept = batch_size * (activations.linear + activations.attention_weights) * bytes_per_activation
     backward = 3 * activations.attention_weights * BYTES_OF_A_SCORE + (1.5 if scanned else 1.8) * activations.linear * bytes_per_activation
     step = max(3 * params, batch_size * backward + (2 * params if scanned else 0))
-    copies = 3 * params * (num_runs + 1) if mapped and num_runs > 1 else 0
+    copies = (3 + averaged) * params * (num_runs + 1) if mapped and num_runs > 1 else 0
     prediction = eval_batch_size * (14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE)
     return Memory(
         least=state + at_once * max(params, kept),

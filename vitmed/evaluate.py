@@ -106,12 +106,12 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
     planned = experiment.plan(config, recorded)
     dataset = planned.load()
     schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
-    recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch)
+    recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels)
     with checkpoint.Checkpoints(run_folder.checkpoints, read_only=True) as checkpoints:
         best, progress = restore(recipe, checkpoints, path)
     if progress.data_md5 != dataset.md5:
         raise config_lib.InputError(f"{path}: trained on data of MD5 {progress.data_md5}, these have {dataset.md5}; give --data_root")
-    if progress.chunk < schedule.num_chunks:
+    if not progress.ended(schedule, recipe.patience):
         print(f"vitmed: {path}: not finished, {len(progress.rows)} of {schedule.epochs} epochs", file=sys.stderr)
     images, labels = dataset.splits[split].images, dataset.splits[split].labels
     batch_size = config.eval.batch_size

@@ -44,11 +44,12 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
         batch_size=train.batch_size,
         epochs=train.epochs,
         steps_per_chunk=math.ceil(steps_per_epoch / chunks),  # chunks of an epoch as equal as can be
+        sampler=train.sampler,
     )
 
 
-def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
-    """What the device programs are made of."""
+def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
+    """What the device programs are made of; balanced class weights need the `labels` [N, L] of the training split."""
     config, description, network = experiment.config, experiment.description, experiment.network
     device = machine.device()
     platform, mesh = device.platform, experiment.mesh
@@ -78,6 +79,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
             beta1=train.beta1,
             beta2=train.beta2,
             epsilon=train.epsilon,
+            layer_decay=train.layer_decay,
         ),
         augmentation=experiment.augmentation,
         seeds=experiment.seeds,
@@ -85,13 +87,39 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=platform == "cpu",
         micro_batch_size=budget.micro_batch_size(experiment, device),
+        objective=objective(experiment, labels),
+        mixup=train.mixup,
+        ema_decay=train.ema_decay,
+        patience=train.patience,
     )
 
 
 def learning_rate(experiment: Experiment, *, steps_per_epoch: int) -> Any:
     """The schedule: step -> learning rate."""
     train = experiment.config.train
-    return optim.step_lr(train.learning_rate, steps_per_epoch=steps_per_epoch, lr_step_epochs=train.lr_step_epochs, lr_gamma=train.lr_gamma)
+    return optim.schedule(
+        train.schedule,
+        train.learning_rate,
+        epochs=train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=train.warmup_epochs,
+        lr_step_epochs=train.lr_step_epochs,
+        lr_gamma=train.lr_gamma,
+    )
+
+
+def objective(experiment: Experiment, labels: np.ndarray | None) -> tasks.Objective | None:
+    """What a step minimises, None for the task's own loss; InputError where the labels [N, L] cannot be balanced."""
+    train, description = experiment.config.train, experiment.description
+    task, weights = tasks.TASKS[description.task], None if train.class_weights == "none" else train.class_weights
+    if weights == "balanced":
+        if labels is None:
+            raise ValueError("train.class_weights=balanced: give the labels of the training split")
+        weights = tasks.balanced_weights(task, labels, description.class_names)
+    if weights is None and not (train.label_smoothing or train.focal_gamma or train.mixup):
+        return None
+    shaped = {"label_smoothing": train.label_smoothing, "focal_gamma": train.focal_gamma}
+    return tasks.objective(task, num_classes=description.num_classes, class_weights=weights, **shaped)
 
 
 def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
@@ -119,7 +147,7 @@ def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outco
         "best_epoch": outcome.best_epoch,
         "train_seconds": outcome.train_seconds,
         "compile_seconds": outcome.compile_seconds,
-        "train_images_per_second": examples * config.train.epochs * len(experiment.seeds) / outcome.train_seconds,
+        "train_images_per_second": examples * outcome.epochs * len(experiment.seeds) / outcome.train_seconds,
         "test_milliseconds_per_image": 1e3 * outcome.test_seconds / (len(dataset.splits["test"].labels) * len(experiment.seeds)),
         "peak_memory_bytes": machine.peak_memory_bytes(experiment.mesh.devices.flat),
         "device": machine.device_name(experiment.mesh.devices.flat),
@@ -166,6 +194,7 @@ def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sourc
     dataset = processes.main_first(experiment.load)
     if dataset.words and processes.is_main():
         print(f"vitmed: {dataset.words}", file=sys.stderr)
+    processes.by_all(lambda: objective(experiment, dataset.splits["train"].labels))
     start, report = processes.by_all(lambda: _start(experiment, run_folder))
     if processes.count() > 1:
         processes.same("settings", folder.digest(experiment.config.to_dict()))
@@ -190,7 +219,7 @@ def _train(
     config = experiment.config
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
     outcome = loop.train(
-        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
+        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels),
         plan=schedule,
         dataset=dataset,
         run_folder=run_folder,

@@ -128,6 +128,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     config_lib.one_of("train.remat", config.train.remat, ("auto", *vit.REMATS))
     geometry = checks.geometry(config, description)
     checks.training(config)
+    checks.objective(config, description)
     return Experiment(
         config=config,
         description=description,

@@ -54,6 +54,14 @@ class Progress:
         detail = f"epoch {epoch}  {images_per_second:.0f} images/s  loss {losses_text(losses)}{self._val}"
         self._show(detail, last=steps == self._total)
 
+    def end(self, text: str) -> None:
+        """No steps follow; where not all have been made, the bar is full all the same and `text` says it."""
+        if self._done < self._total:
+            self._total = self._done
+            if self._bar is not None:
+                self._bar.update(self._task, total=self._total)
+            self.note(text)
+
     def validated(self, losses: Sequence[float | None]) -> None:
         """The validation losses [R] of the epoch just ended; shown from the next line on."""
         self._val = f"  val {losses_text(losses)}"
