@@ -23,6 +23,7 @@ from vitmed import network as networks
 from vitmed.data import pipeline, sources
 from vitmed.models import attention, build, exported, inputs
 from vitmed.runs import checkpoint, folder, guard, machine, processes
+from vitmed.study import operating
 from vitmed.training import loop, optim, programs, sharding, tasks
 
 Experiment, plan = planning.Experiment, planning.plan
@@ -202,6 +203,8 @@ def _train(
         labels = dataset.splits[split].labels
         run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
     write_weights(experiment, run_folder, outcome)
+    task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
+    run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
     record = result(experiment, dataset, outcome)
     run_folder.write_result(record)
     return record
