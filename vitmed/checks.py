@@ -8,7 +8,7 @@ from vitmed import config as config_lib
 from vitmed import cost
 from vitmed.data import sources
 from vitmed.models import resample
-from vitmed.training import augment
+from vitmed.training import augment, writers
 
 MOST = 10**6  # epochs, images in a batch
 MOST_PIXELS = 2**12  # along an axis of a resized image
@@ -21,6 +21,15 @@ class Geometry:
     image_size: tuple[int, ...]
     patch_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """Where a run is shown while it trains, the project it belongs to there, and its name (empty: that of its folder)."""
+
+    writers: tuple[str, ...]
+    project: str
+    name: str
 
 
 def geometry(config: ml_collections.ConfigDict, description: sources.Description) -> Geometry:
@@ -58,6 +67,12 @@ def training(config: ml_collections.ConfigDict) -> None:
     config_lib.finite("train.epsilon", train.epsilon, least=1e-20, most=1e3)
     for name in ("beta1", "beta2"):
         config_lib.require(0 <= train[name] < 1, f"train.{name}", train[name], "from 0 to less than 1")
+
+
+def tracked(config: ml_collections.ConfigDict) -> Tracked:
+    """What `tracking` says."""
+    config_lib.require(bool(config.tracking.project), "tracking.project", config.tracking.project, "a name")
+    return Tracked(writers.parse(config.tracking.writers), config.tracking.project, config.tracking.name)
 
 
 def seeds(config: ml_collections.ConfigDict) -> tuple[int, ...]:

@@ -126,6 +126,7 @@ def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_c
     config_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
     config.mesh.update(data=1, fsdp=1, sequence=1)
+    config.tracking.writers = ""  # whose packages need not be here
     if data_root is not None:
         config.data.root = data_root
     return config
