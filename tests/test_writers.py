@@ -153,7 +153,7 @@ def test_a_run_that_is_stopped_and_goes_on_is_told_once_everywhere(small_config,
     assert steps == [3, 6]
     for index, seed in enumerate((0, 1)):
         shown = scalars(run_folder.path / "tensorboard" / f"seed{seed}")
-        assert set(shown) == {"train/loss", "epoch/train_loss"} | {
+        assert set(shown) == {"train/loss", "train/epoch_loss"} | {
             f"{split}/{name}" for split in ("val", "test") for name in rows[0]["val"]
         }
         for name in rows[0]["val"]:

@@ -96,7 +96,7 @@ class Tracker(tracking.Observer):
     def validated(self, row: Mapping[str, Any]) -> None:
         """An epoch's line of metrics.jsonl."""
         self._step = row["step"]
-        of_seeds = {"epoch/train_loss": row["train_loss"], **{f"val/{name}": values for name, values in row["val"].items()}}
+        of_seeds = {"train/epoch_loss": row["train_loss"], **{f"val/{name}": values for name, values in row["val"].items()}}
         self._scalars({"train/learning_rate": row["learning_rate"], "train/epoch": row["epoch"]}, of_seeds, step=row["step"])
         self._each(lambda writer: writer.flush())
 
