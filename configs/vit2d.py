@@ -105,6 +105,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 64  # images
 
+    config.tracking = ml_collections.ConfigDict()
+    config.tracking.writers = ""  # where a run is shown while it trains: tensorboard, wandb, mlflow, or several with commas; empty: nowhere
+    config.tracking.project = "vitmed"  # of Weights & Biases; the experiment of MLflow
+    config.tracking.name = ""  # of the run there; empty: its folder's
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices over which a batch is split; -1: those that the others leave, as far as they divide the batches
     config.mesh.fsdp = 1  # devices over which parameters and optimiser state are split

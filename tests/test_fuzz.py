@@ -1,6 +1,6 @@
 """Every reader of files that others made, given damaged and hostile ones: it reads or refuses in a line, and does nothing else.
 
-VITMED_FUZZ is how many inputs each reader gets (in `make torture` 1,000, 12,000 in all), VITMED_SEED what they are drawn from.
+VITMED_FUZZ is how many inputs each reader gets (in `make torture` 1,000, 13,000 in all), VITMED_SEED what they are drawn from.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from vitmed import network
 from vitmed.data import sources
 from vitmed.models import build, tensors
 from vitmed.runs import checkpoint, folder, heartbeat
-from vitmed.study import collection
+from vitmed.study import collection, operating
 
 INPUTS = int(os.environ.get("VITMED_FUZZ", "30"))
 SEED = int(os.environ.get("VITMED_SEED", "0"))
@@ -65,6 +65,13 @@ def read_run(path):
     run_folder.check(run_folder.read_config())
 
 
+def read_calibrated(path):
+    """The calibration and what prediction does with it."""
+    record = operating.of_run(folder.RunFolder(path.parent), task="binary", seeds=[0, 1, 2])
+    calibrated = operating.apply(record, np.full((3, 4, record["num_classes"]), 0.5)).ensemble
+    return operating.decide(record, calibrated, rule="youden")
+
+
 def read_model(path):
     return network.of_record(folder.RunFolder(path.parent).read_model(), str(path))
 
@@ -91,7 +98,8 @@ def read_lock(path):
 def run(tmp_path_factory):
     """A finished run, a checkpoint's seal and locks: whole files to be damaged."""
     path = tmp_path_factory.mktemp("fuzz") / "run"
-    made_runs.write(path)
+    labels, probabilities = made_runs.write(path)
+    folder.RunFolder(path).write_calibration(operating.fit("binary", labels, probabilities, seeds=(0, 1, 2)))
     folder.RunFolder(path).write_model(network.Network(build.variant("vit_ti"), (0.5,), (0.5,)).record(None))
     (path / "failure.json").write_text(json.dumps({"ended": "exit status 1", "said": None}))
     (path / "sealed").mkdir()
@@ -106,6 +114,7 @@ OF_A_RUN = {
     "config.json": read_run,
     "metrics.jsonl": read_run,
     "predictions/test.npz": read_run,
+    "calibration.json": read_calibrated,
     "failure.json": read_failure,
     "model.json": read_model,
     f"sealed/{checkpoint.SEAL}": read_seal,

@@ -9,7 +9,7 @@ from vitmed import config as config_lib
 from vitmed import cost
 from vitmed.data import folder, pipeline, preparation, sources
 from vitmed.models import resample
-from vitmed.training import augment, optim
+from vitmed.training import augment, optim, writers
 
 MOST = 10**6  # epochs, images in a batch
 MOST_PIXELS = 2**12  # along an axis of a resized image
@@ -24,6 +24,15 @@ class Geometry:
     image_size: tuple[int, ...]
     patch_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """Where a run is shown while it trains, the project it belongs to there, and its name (empty: that of its folder)."""
+
+    writers: tuple[str, ...]
+    project: str
+    name: str
 
 
 def geometry(config: ml_collections.ConfigDict, description: sources.Description) -> Geometry:
@@ -122,6 +131,12 @@ def objective(config: ml_collections.ConfigDict, description: sources.Descriptio
             f"train.sampler=balanced: {description.name} has several labels per image, which no choice of images balances one by one; "
             "take train.class_weights=balanced instead"
         )
+
+
+def tracked(config: ml_collections.ConfigDict) -> Tracked:
+    """What `tracking` says."""
+    config_lib.require(bool(config.tracking.project), "tracking.project", config.tracking.project, "a name")
+    return Tracked(writers.parse(config.tracking.writers), config.tracking.project, config.tracking.name)
 
 
 def seeds(config: ml_collections.ConfigDict) -> tuple[int, ...]:

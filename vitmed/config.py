@@ -31,6 +31,9 @@ ADDED = {
     "model.attention": "auto",
     "model.kernel_size": [0],
     "model.position_resize": "bicubic",
+    "tracking.name": "",
+    "tracking.project": "vitmed",
+    "tracking.writers": "",
     "train.class_weights": "none",
     "train.ema_decay": 0.0,
     "train.focal_gamma": 0.0,
@@ -253,8 +256,9 @@ def as_tuples(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config read from JSON with the fields that were added after it was written; sections that it lacks it keeps lacking."""
+    """A config read from JSON with the fields that were added after it was written; of sections that it lacks only tracking, which was."""
     complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    complete.setdefault("tracking", {})
     for name, value in ADDED.items():
         section, _, field = name.partition(".")
         if isinstance(complete.get(section), dict):

@@ -19,7 +19,7 @@ from vitmed import cli, experiment, metrics
 from vitmed import config as config_lib
 from vitmed.data import sources
 from vitmed.runs import checkpoint, files, folder, machine
-from vitmed.study import tables
+from vitmed.study import classes, results, tables
 from vitmed.training import evaluation, loop, programs, step
 
 SPLITS = ("train", "val", "test")
@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
     check_alike(paths, configs)
     with machine.memory_errors():
         members = [predict(path, config, split=flags.split) for path, config in zip(paths, configs, strict=True)]
-    measured, warnings = measure(members)
-    for warning in warnings:
+    evaluated = measure(members)
+    for warning in evaluated.warnings:
         print(f"vitmed: {flags.split}: {warning}", file=sys.stderr)
-    show(members, flags.split, measured)
+    show(members, flags.split, evaluated)
     if out:
         description = members[0].description
         record = {"workdirs": flags.workdir, "dataset": description.name, "synthetic": description.synthetic, "seeds": members[0].seeds}
-        record[flags.split] = measured
+        record |= {flags.split: evaluated.metrics, "per_class": classes_record(evaluated, description.class_names)}
         files.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
     failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
     if failed:
@@ -126,6 +126,7 @@ def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_c
     config_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
     config.mesh.update(data=1, fsdp=1, sequence=1)
+    config.tracking.writers = ""  # whose packages need not be here
     if data_root is not None:
         config.data.root = data_root
     return config
@@ -144,8 +145,17 @@ def restore(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, path: 
     return items["best"], progress
 
 
-def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
-    """The metrics of one run, as training measures them, or of the mean of several runs' probabilities, seed by seed."""
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What one run or an ensemble scores: metrics as training measures them, every class by itself, and what is undefined."""
+
+    metrics: dict[str, list[float | None]]
+    classes: tuple[classes.OfClass, ...]  # of the seeds that have not failed
+    warnings: list[str]
+
+
+def measure(members: Sequence[Member]) -> Evaluated:
+    """Measure one run, or the mean of several runs' probabilities, seed by seed."""
     first = members[0]
     for other in members[1:]:
         if not np.array_equal(first.labels, other.labels):
@@ -158,19 +168,45 @@ def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
         losses = np.array([metrics.log_loss(task, labels, of_seed) for of_seed in probabilities])
     failed = [any(bad) for bad in zip(*(member.failed for member in members), strict=True)]
     names = first.description.class_names
-    return evaluation.measure(task, labels, probabilities=probabilities, losses=losses, class_names=names, failed=failed)
+    measured, warnings = evaluation.measure(task, labels, probabilities=probabilities, losses=losses, class_names=names, failed=failed)
+    alive = probabilities[~np.array(failed)]
+    for of_seed in alive:
+        warnings += [warning for warning in metrics.per_class(task, labels, of_seed, class_names=names).warnings if warning not in warnings]
+    return Evaluated(measured, classes.resampled(task, labels, alive) if len(alive) and len(labels) else (), warnings)
 
 
-def show(members: Sequence[Member], split: str, measured: dict[str, Any]) -> None:
-    """A table: a line per metric, a column per seed and their mean."""
+def classes_record(evaluated: Evaluated, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What --out says of the classes: per metric a value for each seed that has not failed, and the ends of the mean's interval."""
+    record = []
+    for one in evaluated.classes:
+        row = {"class": one.number, "name": names[one.number], "num_images": one.count, **one.per_seed}
+        record.append(row | {f"{name}_interval": known and [known.low, known.high] for name, known in one.intervals.items()})
+    return record
+
+
+def show(members: Sequence[Member], split: str, evaluated: Evaluated) -> None:
+    """Two tables: a line per metric, a column per seed and their mean; and a line per class."""
     title = " + ".join(str(member.path) for member in members)
     synthetic = " (synthetic)" if members[0].description.synthetic else ""
     table = rich.table.Table(title=f"{title}: {members[0].description.name}{synthetic}, {split}", title_justify="left")
     for name in ("metric", *(f"seed {seed}" for seed in members[0].seeds), "mean ± sd"):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for name, values in measured.items():
+    for name, values in evaluated.metrics.items():
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values), tables.spread_text(values))
     tables.show(table)
+    if evaluated.classes:
+        tables.show(classes_table(evaluated.classes, members[0].description.class_names))
+
+
+def classes_table(found: Sequence[classes.OfClass], names: Sequence[str]) -> rich.table.Table:
+    """A line per class: the mean over seeds and its interval."""
+    table = rich.table.Table(caption="each class against the rest: mean over seeds [95 % interval over seeds and images]")
+    for column in ("class", "images", *metrics.CLASS_METRICS):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for one in found:
+        cells = ("-" if known is None else results.interval_text(known) for known in one.intervals.values())
+        table.add_row(f"{one.number} {names[one.number]}", f"{one.count:,}", *cells)
+    return table
 
 
 if __name__ == "__main__":

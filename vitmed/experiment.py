@@ -23,7 +23,8 @@ from vitmed import network as networks
 from vitmed.data import pipeline, sources
 from vitmed.models import attention, build, exported, inputs
 from vitmed.runs import checkpoint, folder, guard, machine, processes
-from vitmed.training import loop, optim, programs, sharding, tasks
+from vitmed.study import operating
+from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
 Experiment, plan = planning.Experiment, planning.plan
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
@@ -216,28 +217,52 @@ def _train(
     experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, signals: guard.Signals, start: Any
 ) -> dict[str, Any]:
     """Train, and write what a finished run leaves."""
+    with _followed(experiment, run_folder) as observer:
+        outcome = _outcome(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
+        for split, predictions in outcome.predictions.items():
+            labels = dataset.splits[split].labels
+            run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
+        write_weights(experiment, run_folder, outcome)
+        task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
+        run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
+        record = result(experiment, dataset, outcome)
+        run_folder.write_result(record)
+        observer.finished(outcome.measured["test"], lambda: _shown(run_folder))
+    return record
+
+
+def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.Observer:
+    """Whoever follows the run from outside, in the process that writes."""
+    if not processes.is_main():
+        return tracking.Observer()
+    fields, tracked = config_lib.flatten(experiment.config.to_dict()), experiment.tracked
+    names = {"project": tracked.project, "name": tracked.name}
+    return writers.start(tracked.writers, run_folder.path, config=fields, seeds=experiment.seeds, **names)
+
+
+def _shown(run_folder: folder.RunFolder) -> tuple[Any, Any]:
+    """A finished run's tables and figures; what draws them is imported only where somebody looks."""
+    from vitmed.study import outline
+
+    return outline.of_run(run_folder.path)
+
+
+def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, **how: Any) -> loop.Outcome:
+    """Train to the end: `how` are signals, start and observer of `loop.train`."""
     config = experiment.config
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
-    outcome = loop.train(
+    return loop.train(
         recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels),
         plan=schedule,
         dataset=dataset,
         run_folder=run_folder,
-        signals=signals,
         learning_rate=learning_rate(experiment, steps_per_epoch=schedule.steps_per_epoch),
         checkpoint_seconds=config.train.checkpoint_seconds,
         evaluation_batch_size=config.eval.batch_size,
         placement=config.data.placement,
         label=experiment.label,
-        start=start,
+        **how,
     )
-    for split, predictions in outcome.predictions.items():
-        labels = dataset.splits[split].labels
-        run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-    write_weights(experiment, run_folder, outcome)
-    record = result(experiment, dataset, outcome)
-    run_folder.write_result(record)
-    return record
 
 
 def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ class Experiment:
     geometry: checks.Geometry
     seeds: tuple[int, ...]
     augmentation: augment.Augmentation
+    tracked: checks.Tracked
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -134,6 +135,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
         description=description,
         seeds=checks.seeds(config),
         augmentation=checks.augmentation(config, description.image_size),
+        tracked=checks.tracked(config),
         network=recorded or networks.of_config(config, description),
         geometry=geometry,
     )

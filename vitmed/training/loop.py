@@ -95,12 +95,15 @@ def train(
     placement: str,
     label: str,
     start: Any = None,
+    observer: tracking.Observer | None = None,
 ) -> Outcome:
     """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
 
     `start` are the parameters that every run starts from, None for fresh ones; a run that goes on from a checkpoint does not look at it.
     `placement` says where the training split lives: on the `device`, on the `host`, or `auto`; `learning_rate(step)` is for the record.
+    The `observer` is told what happens and changes nothing.
     """
+    observer = observer or tracking.Observer()
     images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
     resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
     own = sharding.own(recipe.mesh, plan.batch_size)
@@ -129,9 +132,12 @@ def train(
                 progress.losses = [[] for _ in recipe.seeds]
                 run_folder.write_metrics(progress.rows)
                 display.validated(progress.rows[-1]["val"]["loss"])
+                observer.validated(progress.rows[-1])
 
             try:
-                if len(progress.rows) < progress.chunk // plan.chunks_per_epoch:  # stopped in the validation of an epoch
+                in_validation = len(progress.rows) < progress.chunk // plan.chunks_per_epoch  # stopped in that of an epoch
+                observer.begun(plan.steps_before(progress.chunk) - in_validation)
+                if in_validation:
                     validate()
                 chunks = pipeline.training_chunks(
                     plan, recipe.seeds, start=progress.chunk, streamed=streamed, own=own, classes=labels[:, 0]
@@ -141,7 +147,7 @@ def train(
                     if train_chunk is None:
                         train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident, batch_size=plan.batch_size)
                         progress.compile_seconds += seconds
-                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
+                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display, observer=observer)
                     if plan.ends_epoch(chunk.number):
                         validate()
                     if processes.most(time.monotonic() - saved_at >= checkpoint_seconds):
@@ -196,6 +202,7 @@ def advance(
     recipe: programs.Recipe,
     plan: pipeline.Plan,
     display: tracking.Progress,
+    observer: tracking.Observer,
 ) -> None:
     """Make a chunk's steps, and keep and show what came of them; a run that failed in it is named."""
     progress = training.progress
@@ -211,10 +218,9 @@ def advance(
         if failed_at != step.ALIVE and not progress.failed[run] and not spent[run]:
             progress.failed[run] = True
             display.note(f"vitmed: seed {recipe.seeds[run]}: loss or gradient not finite at step {failed_at}; kept as it was before")
-    rate = chunk.num_examples / seconds
-    display.trained(
-        plan.steps_before(progress.chunk), epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1]
-    )
+    rate, steps = chunk.num_examples / seconds, plan.steps_before(progress.chunk)
+    display.trained(steps, epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1])
+    observer.trained(steps, losses=losses.mean(axis=1), images_per_second=rate)
 
 
 def _predict(program: Callable[..., Any], params: Any, split: sources.Split, **how: Any) -> evaluation.Predictions:
