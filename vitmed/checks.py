@@ -7,6 +7,7 @@ import ml_collections
 
 from vitmed import config as config_lib
 from vitmed import cost
+from vitmed import fields as fields_lib
 from vitmed.data import folder, pipeline, preparation, sources
 from vitmed.models import resample
 from vitmed.training import augment, optim, writers
@@ -56,7 +57,7 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
     """What `data` says of own data; InputError where it says something of a set that it is not for."""
     data, rank = config.data, config.data.rank
     if not sources.is_own(data.name):
-        for name, default in {name: value for name, value in config_lib.ADDED.items() if name in OWN}.items():
+        for name, default in {name: value for name, value in fields_lib.ADDED.items() if name in OWN}.items():
             value = data[name.removeprefix("data.")]
             usual = tuple(default) if isinstance(default, list) else default
             config_lib.require(value == usual, name, value, f"{config_lib.example(usual)!r} with {data.name}: it is for folder:PATH alone")
@@ -65,6 +66,8 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
     config_lib.require(len(data.spacing) in (1, rank), "data.spacing", data.spacing, f"one number, or {rank} for {rank} axes")
     for step in data.spacing:
         config_lib.finite("data.spacing", step, least=0.0, most=1e3)
+    for name in ("window", "task"):  # where numbers would be taken for numbers
+        config_lib.require(isinstance(data[name], str), f"data.{name}", data[name], "a word; see configs/vit2d.py")
     preparation.check_window(data.window)
     config_lib.one_of("data.task", data.task, folder.TASKS)
     good = len(data.shares) == 3 and all(math.isfinite(share) and share >= 0 for share in data.shares) and data.shares[0] > 0

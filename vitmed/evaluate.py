@@ -17,6 +17,7 @@ import rich.table
 
 from vitmed import cli, experiment, metrics
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed.data import sources
 from vitmed.runs import checkpoint, files, folder, machine
 from vitmed.study import classes, results, tables
@@ -122,8 +123,8 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
 
 def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
     """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
-    stored = config_lib.as_tuples(config_lib.completed(run_folder.read_config()))
-    config_lib.conform(stored, f"{run_folder.path}: config.json")
+    stored = config_lib.as_tuples(fields_lib.completed(run_folder.read_config()))
+    fields_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
     config.mesh.update(data=1, fsdp=1, sequence=1)
     config.tracking.writers = ""  # whose packages need not be here

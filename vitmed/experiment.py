@@ -1,7 +1,7 @@
 """From a config to what is trained: checked, described and built in one place for every CLI.
 
 `plan` reads no data and writes nothing: whatever is wrong with a config is an InputError there (`planning`, `checks`, `network`).
-`recipe` is what the device needs, `run` trains into a folder, `result` is the record of a finished run.
+`recipe` is what the device needs, `run` trains into a folder; `record` writes what a finished run leaves.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import budget, planning
+from vitmed import budget, planning, record
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import pipeline, sources
-from vitmed.models import attention, build, exported, inputs
+from vitmed.models import attention, build, inputs
 from vitmed.runs import checkpoint, folder, guard, machine, processes
-from vitmed.study import operating
 from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
 Experiment, plan = planning.Experiment, planning.plan
@@ -123,40 +123,6 @@ def objective(experiment: Experiment, labels: np.ndarray | None) -> tasks.Object
     return tasks.objective(task, num_classes=description.num_classes, class_weights=weights, **shaped)
 
 
-def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
-    """What result.json says of a finished run."""
-    config, description, network = experiment.config, experiment.description, experiment.network
-    examples = len(dataset.splits["train"].labels)
-    num_params = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
-    return {
-        "schema_version": folder.SCHEMA_VERSION,
-        "dataset": description.name,
-        "data_md5": dataset.md5,
-        "task": description.task,
-        "image_size": experiment.image_size,
-        "patch_size": experiment.patch_size,
-        "variant": config.model.variant,
-        "pretrained": config.model.pretrained or None,
-        "normalisation": {"mean": network.mean, "std": network.std},
-        "seeds": experiment.seeds,
-        "failed_seeds": outcome.failed_seeds,
-        "num_tokens": experiment.num_tokens,
-        "num_params": num_params,
-        "num_trainable_params": num_params,
-        "gmacs_forward": experiment.gmacs_forward,
-        **{split: outcome.measured[split] for split in ("test", "val")},
-        "best_epoch": outcome.best_epoch,
-        "train_seconds": outcome.train_seconds,
-        "compile_seconds": outcome.compile_seconds,
-        "train_images_per_second": examples * outcome.epochs * len(experiment.seeds) / outcome.train_seconds,
-        "test_milliseconds_per_image": 1e3 * outcome.test_seconds / (len(dataset.splits["test"].labels) * len(experiment.seeds)),
-        "peak_memory_bytes": machine.peak_memory_bytes(experiment.mesh.devices.flat),
-        "device": machine.device_name(experiment.mesh.devices.flat),
-        "versions": machine.versions(),
-        "config_digest": folder.digest(config.to_dict()),
-    }
-
-
 def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
     """Train into a folder that has been checked, from the last checkpoint on, and return what result.json says.
 
@@ -185,9 +151,9 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
             run_folder.write_model(experiment.network.record(report))
         if all(split.examples is not None for split in dataset.splits.values()):
             run_folder.write_examples({name: split.examples for name, split in dataset.splits.items()})
-        record = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
+        result = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
         processes.most(0)  # process 0 has written it before any other ends, or goes on to a sweep's next point
-    return record
+    return result
 
 
 def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, Any, Any]:
@@ -219,16 +185,9 @@ def _train(
     """Train, and write what a finished run leaves."""
     with _followed(experiment, run_folder) as observer:
         outcome = _outcome(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
-        for split, predictions in outcome.predictions.items():
-            labels = dataset.splits[split].labels
-            run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-        write_weights(experiment, run_folder, outcome)
-        task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
-        run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
-        record = result(experiment, dataset, outcome)
-        run_folder.write_result(record)
-        observer.finished(outcome.measured["test"], lambda: _shown(run_folder))
-    return record
+        result = record.leave(experiment, run_folder, dataset=dataset, outcome=outcome)
+        observer.finished(outcome.measured["test"], lambda: record.shown(run_folder))
+    return result
 
 
 def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.Observer:
@@ -238,13 +197,6 @@ def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.
     fields, tracked = config_lib.flatten(experiment.config.to_dict()), experiment.tracked
     names = {"project": tracked.project, "name": tracked.name}
     return writers.start(tracked.writers, run_folder.path, config=fields, seeds=experiment.seeds, **names)
-
-
-def _shown(run_folder: folder.RunFolder) -> tuple[Any, Any]:
-    """A finished run's tables and figures; what draws them is imported only where somebody looks."""
-    from vitmed.study import outline
-
-    return outline.of_run(run_folder.path)
 
 
 def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, **how: Any) -> loop.Outcome:
@@ -267,7 +219,7 @@ def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: s
 
 def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:
     """The result of the run that a folder holds, None where it is not finished; InputError where the folder cannot hold this run."""
-    config_lib.conform(config.to_dict(), "the config")
+    fields_lib.conform(config.to_dict(), "the config")
     run_folder.check(config.to_dict())
     return run_folder.read_result()
 
@@ -296,19 +248,3 @@ def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, A
     if processes.is_main():
         print(f"vitmed: {experiment.network.weights.path.name}: {report}", file=sys.stderr)
     return params, report
-
-
-def write_weights(experiment: Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:
-    """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
-    for index, seed in enumerate(experiment.seeds):
-        if seed not in outcome.failed_seeds:
-            packed = exported.pack(
-                jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
-                architecture=experiment.network.architecture,
-                **dataclasses.asdict(experiment.geometry),
-                mean=experiment.network.mean,
-                std=experiment.network.std,
-                seed=seed,
-                val_loss=outcome.measured["val"]["loss"][index],
-            )
-            run_folder.write_weights(seed, packed)

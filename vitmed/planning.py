@@ -9,6 +9,7 @@ import ml_collections
 
 from vitmed import checks, cost
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import preparation, sources
 from vitmed.models import attention, vit
@@ -114,7 +115,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
 
     A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
     """
-    config_lib.conform(config.to_dict(), "the config")
+    fields_lib.conform(config.to_dict(), "the config")
     own = checks.own_data(config)
     description = recorded and recorded.description
     if description is None:

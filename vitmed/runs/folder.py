@@ -23,6 +23,7 @@ import jsonschema
 import numpy as np
 
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import npz
 from vitmed.runs import files
 
@@ -141,7 +142,7 @@ class RunFolder:
             files.write_whole(path, data, make_parent=make_parent)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        configs = (config_lib.completed(self.read_config()), config_lib.completed(config))
+        configs = (fields_lib.completed(self.read_config()), fields_lib.completed(config))
         there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in configs)
         names = sorted(name for name in there.keys() | came.keys() if there.get(name) != came.get(name))
         shown = [f"{name} is {there.get(name, 'absent')} there, {came.get(name, 'absent')} here" for name in names[:SHOWN_DIFFERENCES]]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed.runs import folder
 from vitmed.study import operating
 
@@ -140,7 +141,7 @@ def read(path: pathlib.Path) -> Run:
     return Run(
         path=path,
         result=result,
-        config=config_lib.flatten(config_lib.as_tuples(config_lib.completed(config))),
+        config=config_lib.flatten(config_lib.as_tuples(fields_lib.completed(config))),
         epochs=(),
         labels=predictions.labels,
         probabilities=probabilities,
