@@ -14,14 +14,17 @@ import zlib
 
 import made_runs
 import numpy as np
+import own_files
+import PIL.Image
 import pytest
 import safetensors.numpy
+import tifffile
 from fuzzing import Watch, mutated
 from test_medmnist import arrays_of
 from test_tensors import VALUES, torch_zip, whole
 
 from vitmed import network
-from vitmed.data import sources
+from vitmed.data import listing, preparation, sources
 from vitmed.models import build, tensors
 from vitmed.runs import checkpoint, folder, heartbeat
 from vitmed.study import collection, operating
@@ -54,6 +57,31 @@ def read_weights(path):
 
 def read_medmnist(path):
     return sources.load("breastmnist", size=28, root=str(path.parent), verify=False)
+
+
+def read_volume(path):
+    return preparation.prepare(path, preparation.Preparation(rank=3, num_channels=1, size=(4,)))
+
+
+PIL.Image.init()  # it imports its decoders at the first file that none of the usual ones takes
+
+
+def read_picture(path):
+    return preparation.prepare(path, preparation.Preparation(rank=2, num_channels=3, size=(4,)))
+
+
+def read_table(path):
+    return listing.labelled(path, 2)
+
+
+def written(write, values):
+    """The bytes of a file that `write(path, values)` makes."""
+
+    def make(path):
+        write(path, values)
+        return [path.read_bytes()]
+
+    return make
 
 
 def read_run(path):
@@ -100,7 +128,8 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "run"
     labels, probabilities = made_runs.write(path)
     folder.RunFolder(path).write_calibration(operating.fit("binary", labels, probabilities, seeds=(0, 1, 2)))
-    folder.RunFolder(path).write_model(network.Network(build.variant("vit_ti"), (0.5,), (0.5,)).record(None))
+    described = network.Network(build.variant("vit_ti"), (0.5,), (0.5,), description=sources.describe("breastmnist", 28))
+    folder.RunFolder(path).write_model(described.record(None))
     (path / "failure.json").write_text(json.dumps({"ended": "exit status 1", "said": None}))
     (path / "sealed").mkdir()
     (path / "sealed" / "array").write_bytes(b"values")
@@ -127,6 +156,13 @@ OF_OTHERS = {
     ),
     "w.safetensors": (read_weights, lambda path: [safetensors.numpy.save(WEIGHTS, {"note": "n"})]),
     "w.npz": (read_weights, lambda path: [saved(np.savez, WEIGHTS)]),
+    "a.nii": (read_volume, written(own_files.write_nifti, own_files.landmarks())),
+    "a.nii.gz": (read_volume, written(own_files.write_nifti, own_files.landmarks())),
+    "a.dcm": (read_volume, written(own_files.write_dicom, own_files.landmarks())),
+    "stack.tif": (read_volume, written(tifffile.imwrite, own_files.landmarks())),
+    "a.png": (read_picture, written(own_files.write_picture, own_files.landmarks()[0].astype(np.uint8))),
+    "a.jpg": (read_picture, written(own_files.write_picture, own_files.landmarks()[0].astype(np.uint8))),
+    "labels.csv": (read_table, lambda path: [f"path,label,group\n{path},a,p1\n{path.parent},b,p2\n".encode()]),
     "w.pth": (read_weights, lambda path: [torch_bytes(path)]),
 }
 
