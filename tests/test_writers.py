@@ -262,9 +262,10 @@ def test_a_writer_that_does_not_open_is_left_out(capsys):
     assert capsys.readouterr().err == "vitmed: tracking: mlflow is left out from here on: RuntimeError\n"
 
 
-def test_where_every_seed_failed_there_are_no_figures(capsys):
+@pytest.mark.parametrize("error", [config.InputError("every seed has failed"), MemoryError("every seed has failed")])
+def test_a_run_whose_figures_cannot_be_drawn_ends_as_it_should(error, capsys):
     def show():
-        raise config.InputError("every seed has failed")
+        raise error
 
     writer = Flaky()
     with writers.Tracker(("one",), lambda name, step: writer, seeds=(0, 1)) as tracker:

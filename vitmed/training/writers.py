@@ -109,8 +109,8 @@ class Tracker(tracking.Observer):
         self._scalars({}, {f"test/{name}": values for name, values in test.items()}, step=after)
         try:
             tables, figures = show()
-        except config_lib.InputError as error:  # every seed has failed
-            print(f"vitmed: tracking: no tables and no figures: {config_lib.one_line(error)}", file=sys.stderr)
+        except Exception as error:  # noqa: BLE001  every seed has failed, a disk is full: the run is done all the same
+            print(f"vitmed: tracking: no tables and no figures: {_said(error)}", file=sys.stderr)
         else:
             self._each(lambda writer: writer.conclude(tables, figures, step=after))
         self._each(lambda writer: writer.flush())
@@ -128,8 +128,11 @@ class Tracker(tracking.Observer):
             call()
         except Exception as error:  # noqa: BLE001  whatever a package raises, the run is worth more
             self._writers.pop(name, None)
-            why = config_lib.one_line(error)[:300] or type(error).__name__
-            print(f"vitmed: tracking: {name} is left out from here on: {why}", file=sys.stderr, flush=True)
+            print(f"vitmed: tracking: {name} is left out from here on: {_said(error)}", file=sys.stderr, flush=True)
+
+
+def _said(error: Exception) -> str:
+    return config_lib.one_line(error)[:300] or type(error).__name__
 
 
 def _known(values: Sequence[float | None], seeds: Sequence[int]) -> dict[int, float]:
@@ -153,7 +156,6 @@ def start(
         if kind == "wandb":
             made = stored_id(path, kind, lambda: secrets.token_hex(8))
             return backends.WeightsAndBiases(path, project=project, name=name, config=config, run_id=made)
-        known = path / FOLDER
-        return backends.MLflow(lambda make: stored_id(known.parent, kind, make), project=project, name=name, config=config)
+        return backends.MLflow(lambda make: stored_id(path, kind, make), project=project, name=name, config=config)
 
     return Tracker(names, open_writer, seeds=seeds)
