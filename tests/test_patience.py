@@ -5,11 +5,12 @@ seed 1 is best in epoch 3. With a patience of 2 seed 0 ends after epoch 4, seed 
 """
 
 import types
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from killing import stored
+from killing import ROOT, stored
 from test_loop import StopAt, assert_same_bytes, start
 
 from vitmed import cli, config, evaluate, experiment
@@ -17,56 +18,69 @@ from vitmed.runs import folder
 from vitmed.training import evaluation, loop, step, tracking
 
 SCRIPT = {0: [1.0, 0.8, 0.9, 0.85, 0.1, 0.1], 1: [1.0, 0.9, 0.7, 0.8, 0.75, 0.1]}
-OPTIONS = {"train__epochs": "8", "train__patience": "2", "train__batch_size": "300"}  # 2 steps an epoch
+SMALL = {"model.variant": "vit_micro", "train.epochs": "8", "train.patience": "2", "train.batch_size": "300"}  # 2 steps an epoch
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """A function of a run's folder and seeds: from then on validation losses are those of the script, by the epochs recorded there."""
-
-    def of(path, seeds=(0, 1)):
-        def losses(predictions):
-            assert len(predictions.losses) == len(seeds)
-            epoch = len(folder.RunFolder(path).read_metrics())
-            return np.array([SCRIPT[seed][min(epoch, 5)] for seed in seeds])
-
-        monkeypatch.setattr(evaluation, "mean_losses", losses)
-        return path
-
-    return of
+def config_of(seeds="0,1"):
+    return config.load(f"{ROOT}/configs/quickstart.py:patch=14", SMALL | {"seeds": seeds})
 
 
-def test_each_seed_ends_by_its_own_losses_as_it_does_alone_or_after_a_stop(small_config, tmp_path, script, capsys):
-    cfg = small_config(**OPTIONS)
-    whole = start(cfg, script(tmp_path / "whole"), steps_per_chunk=1)
-    rows = folder.RunFolder(tmp_path / "whole").read_metrics()
-    assert whole.epochs == len(rows) == 5
-    assert whole.best_epoch == [2, 3]
+def script(path, seeds=(0, 1)):
+    """A context within which validation losses are those of the script, by the epochs that the run's folder has recorded."""
+
+    def losses(predictions):
+        assert len(predictions.losses) == len(seeds)
+        epoch = len(folder.RunFolder(path).read_metrics())
+        return np.array([SCRIPT[seed][min(epoch, 5)] for seed in seeds])
+
+    return mock.patch.object(evaluation, "mean_losses", losses)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, outcome) of a run that nobody stopped."""
+    path = tmp_path_factory.mktemp("patience") / "whole"
+    with script(path):
+        return path, start(config_of(), path, steps_per_chunk=1)
+
+
+def test_each_seed_ends_by_its_own_losses(whole):
+    path, outcome = whole
+    rows = folder.RunFolder(path).read_metrics()
+    assert outcome.epochs == len(rows) == 5
+    assert outcome.best_epoch == [2, 3]
+    assert outcome.failed_seeds == []
     assert [row["best_epoch"] for row in rows] == [[1, 1], [2, 2], [2, 3], [2, 3], [2, 3]]
-    assert "ended after epoch 5" in capsys.readouterr().err
-    arrays, progress = stored(cfg, tmp_path / "whole")
-    assert (progress["chunk"], progress["failed"]) == (10, [False, False])
-    # An epoch can be stopped before each of two chunks and of two batches of its validation: within the fifth, its validation, the test.
-    for place, chunks in {17: 9, 18: 10, 21: 10}.items():
-        path = script(tmp_path / f"stopped{place}")
-        with pytest.raises(config.Stopped):
-            start(cfg, path, signals=StopAt(place), steps_per_chunk=1)
-        assert stored(cfg, path)[1]["chunk"] == chunks
-        again = start(cfg, path, steps_per_chunk=1)
-        assert (again.epochs, again.best_epoch) == (5, [2, 3])
-        resumed, found = stored(cfg, path)
-        assert_same_bytes(arrays, resumed)
-        assert found == progress
-        assert (path / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
-    cfg, run_folder = small_config(**OPTIONS, seeds="0"), folder.RunFolder(script(tmp_path / "alone", seeds=(0,)))
-    result = experiment.run(experiment.plan(cfg), run_folder)
+
+# An epoch can be stopped before each of two chunks and of two batches of its validation: within the fifth, in the test.
+@pytest.mark.parametrize(("place", "chunks"), [(17, 9), (21, 10)])
+def test_a_run_that_was_stopped_ends_where_it_would_have(whole, tmp_path, place, chunks, capsys):
+    cfg, (expected, _) = config_of(), whole
+    with script(tmp_path):
+        with pytest.raises(config.Stopped):
+            start(cfg, tmp_path, signals=StopAt(place), steps_per_chunk=1)
+        assert stored(cfg, tmp_path)[1]["chunk"] == chunks
+        again = start(cfg, tmp_path, steps_per_chunk=1)
+    assert (again.epochs, again.best_epoch) == (5, [2, 3])
+    assert "test: ended after epoch 5" in capsys.readouterr().err
+    arrays, progress = stored(cfg, expected)
+    resumed, found = stored(cfg, tmp_path)
+    assert_same_bytes(arrays, resumed)
+    assert found == progress
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+
+
+def test_a_seed_ends_alone_as_with_others_and_its_run_is_finished(whole, tmp_path, capsys):
+    cfg, run_folder = config_of(seeds="0"), folder.RunFolder(tmp_path)
+    with script(tmp_path, seeds=(0,)):
+        result = experiment.run(experiment.plan(cfg), run_folder)
     assert (result["best_epoch"], len(run_folder.read_metrics())) == ([2], 4)
-    of_both, alone = whole.predictions["test"].probabilities[0], run_folder.read_predictions("test").probabilities[0]
+    of_both, alone = whole[1].predictions["test"].probabilities[0], run_folder.read_predictions("test").probabilities[0]
     np.testing.assert_allclose(of_both, alone, atol=1e-5)
     assert result["train_images_per_second"] == pytest.approx(600 * 4 / result["train_seconds"])
     capsys.readouterr()
-    assert cli.run_cli(evaluate.main, [f"--workdir={run_folder.path}"]) == 0
+    assert cli.run_cli(evaluate.main, [f"--workdir={tmp_path}"]) == 0
     assert "not finished" not in capsys.readouterr().err  # it is, though not all of its epochs were made
 
 
