@@ -373,6 +373,16 @@ def test_class_weights_are_a_word_or_numbers(small_config):
     assert given.train.class_weights == "balanced"
 
 
+def test_balanced_weights_come_from_the_training_labels_and_nothing_trains_without_them(small_config):
+    planned, labels = experiment.plan(small_config(train__class_weights="balanced")), np.array([[0], [1], [1], [1]])
+    made = experiment.recipe(planned, steps_per_epoch=3, labels=labels).objective
+    assert float(made.total(made.targets(labels), np.ones(4, bool))) == pytest.approx(
+        3 + 3 * 1
+    )  # 4 / (2 x 1) and 4 / (2 x 3), the least made 1
+    with pytest.raises(ValueError, match="without the labels of the training split"):
+        experiment.recipe(planned, steps_per_epoch=3).objective.targets(labels)
+
+
 def test_what_is_off_is_not_there(small_config):
     recipe = experiment.recipe(experiment.plan(small_config()), steps_per_epoch=3)
     assert recipe.objective is None

@@ -50,7 +50,7 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
 
 
 def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
-    """What the device programs are made of; balanced class weights need the `labels` [N, L] of the training split."""
+    """What the device programs are made of; to train with balanced class weights it needs the `labels` [N, L] of the training split."""
     config, description, network = experiment.config, experiment.description, experiment.network
     device = machine.device()
     platform, mesh = device.platform, experiment.mesh
@@ -114,8 +114,8 @@ def objective(experiment: Experiment, labels: np.ndarray | None) -> tasks.Object
     train, description = experiment.config.train, experiment.description
     task, weights = tasks.TASKS[description.task], None if train.class_weights == "none" else train.class_weights
     if weights == "balanced":
-        if labels is None:
-            raise ValueError("train.class_weights=balanced: give the labels of the training split")
+        if labels is None:  # prediction needs no objective
+            return tasks.UNKNOWN
         weights = tasks.balanced_weights(task, labels, description.class_names)
     if weights is None and not (train.label_smoothing or train.focal_gamma or train.mixup):
         return None
