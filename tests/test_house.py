@@ -15,7 +15,18 @@ LEAVES = {"config", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"apart", "budget", "cli", "experiment", "forecast", "network", "planning", "sweep"}  # what the CLIs are made of
+TOP = {
+    "apart",
+    "budget",
+    "cli",
+    "experiment",
+    "external",
+    "forecast",
+    "inference",
+    "network",
+    "planning",
+    "sweep",
+}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -32,6 +43,8 @@ MAY_IMPORT = {
     "planning": BELOW | {"checks", "network"},
     "budget": BELOW | {"planning"},
     "experiment": BELOW | {"budget", "network", "planning"},
+    "external": BELOW | {"planning"},
+    "inference": BELOW | {"budget", "experiment"},
     "cli": {"config"},
     "apart": {"cli", "config"},
     "forecast": BELOW | {"budget", "network", "experiment"},
@@ -48,7 +61,7 @@ TORCH = {"torch", "torchvision", "medmnist"}  # importing medmnist imports torch
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FORBIDDEN = {"data": DEVICE, "study": DEVICE, "models": {"optax", "grain", "orbax"}}
 ONLY_THESE = {"metrics": {"numpy"}, "cost": set(), "npz": {"numpy"}}  # besides the standard library
-SEE_CONFIG_DICTS = CLIS | {"experiment", "planning", "budget", "forecast", "checks", "network", "config", "configs"}
+SEE_CONFIG_DICTS = CLIS | {"experiment", "inference", "planning", "budget", "forecast", "checks", "network", "config", "configs"}
 LOOP = "vitmed/training/loop.py"
 BAD_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 LONGEST = {"tests": 500}
