@@ -14,9 +14,9 @@ from vitmed import config as config_lib
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of one run; arguments: dataset (phantom2d, phantom3d), patch, variant, size, pretrained."""
-    given = config_lib.arguments(arg, dataset="phantom2d", patch=(7,), variant="vit_mini", size=(28,), pretrained="")
-    recipe = {"phantom3d": "vit3d.py"}.get(given["dataset"], "vit2d.py")
+    """The config of one run; arguments: dataset, patch, variant, size, pretrained, and rank: 3 for volumes of your own (folder:PATH)."""
+    given = config_lib.arguments(arg, dataset="phantom2d", patch=(7,), variant="vit_mini", size=(28,), pretrained="", rank=2)
+    recipe = "vit3d.py" if given["rank"] == 3 or given["dataset"].endswith("3d") else "vit2d.py"
     config = config_lib.from_file(pathlib.Path(__file__).with_name(recipe))
     config.seeds = (0, 1)
     config.data.update(name=given["dataset"], size=given["size"])

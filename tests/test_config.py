@@ -220,7 +220,9 @@ def test_what_ends_a_command_becomes_one_line_and_its_exit_status(error, status,
 def test_every_field_that_was_added_has_the_value_of_what_was_before_it():
     fields = config.flatten(config.load(VIT2D).to_dict())
     assert {name: fields[name] for name in config.ADDED} == config.as_tuples(config.ADDED)
-    assert config.completed({"data": {"invert": True}, "other": 1}) == {"data": {"invert": True, "resize": 0}, "other": 1}
+    of_data = {name.removeprefix("data."): value for name, value in config.ADDED.items() if name.startswith("data.")}
+    assert config.completed({"data": {"invert": True}, "other": 1}) == {"data": of_data | {"invert": True}, "other": 1}
+    assert config.completed({"data": {"size": 64}})["data"]["size"] == [64]  # it was one number for all axes
 
 
 def test_a_run_begun_before_a_field_existed_goes_on_and_is_evaluated(tmp_path, small_config):
