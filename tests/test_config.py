@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from vitmed import cli, config, evaluate, experiment
+from vitmed import cli, config, experiment, inference
 from vitmed import fields as fields_lib
 from vitmed.runs import folder
 
@@ -239,6 +239,6 @@ def test_a_run_begun_before_a_field_existed_goes_on_and_is_evaluated(tmp_path, s
     run_folder = folder.RunFolder(tmp_path / "run")
     run_folder.create(before)
     run_folder.check(now.to_dict())
-    assert evaluate.restored_config(run_folder, None).data == now.data
+    assert inference.restored_config(run_folder, None).data == now.data
     with pytest.raises(config.InputError, match=r"model.kernel_size is \[0\] there, \[14\] here"):
         run_folder.check(small_config(model__kernel_size="14").to_dict())

@@ -15,7 +15,19 @@ LEAVES = {"config", "fields", "metrics", "cost", "npz"}
 CLIS = {"main", "evaluate", "predict", "export", "report"}
 WINGS = {"data", "models", "runs", "study", "training"}
 BELOW = LEAVES | WINGS
-TOP = {"apart", "budget", "cli", "experiment", "forecast", "network", "planning", "record", "sweep"}  # what the CLIs are made of
+TOP = {
+    "apart",
+    "budget",
+    "cli",
+    "experiment",
+    "external",
+    "forecast",
+    "inference",
+    "network",
+    "planning",
+    "record",
+    "sweep",
+}  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
 MAY_IMPORT = {
     "config": set(),
@@ -34,6 +46,8 @@ MAY_IMPORT = {
     "budget": BELOW | {"planning"},
     "record": BELOW | {"network", "planning"},
     "experiment": BELOW | {"budget", "network", "planning", "record"},
+    "external": BELOW | {"planning"},
+    "inference": BELOW | {"budget", "experiment"},
     "cli": {"config"},
     "apart": {"cli", "config"},
     "forecast": BELOW | {"budget", "network", "experiment"},
@@ -50,7 +64,7 @@ TORCH = {"torch", "torchvision", "medmnist"}  # importing medmnist imports torch
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FORBIDDEN = {"data": DEVICE, "study": DEVICE, "models": {"optax", "grain", "orbax"}}
 ONLY_THESE = {"metrics": {"numpy"}, "cost": set(), "npz": {"numpy"}}  # besides the standard library
-SEE_CONFIG_DICTS = CLIS | {"experiment", "planning", "budget", "forecast", "checks", "network", "config", "configs"}
+SEE_CONFIG_DICTS = CLIS | {"experiment", "inference", "planning", "budget", "forecast", "checks", "network", "config", "configs"}
 LOOP = "vitmed/training/loop.py"
 BAD_NAMES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py"}
 LONGEST = {"tests": 500}

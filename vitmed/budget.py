@@ -5,6 +5,7 @@ Nothing here reads data or weights, and only the arithmetic of `cost` speaks, so
 
 import math
 
+from vitmed import config as config_lib
 from vitmed import cost, planning
 from vitmed.models import attention
 from vitmed.runs import machine
@@ -13,6 +14,8 @@ from vitmed.training import loop, programs, sharding
 # On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
 # while it is written.
 PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
+LARGEST_BATCH = {"cpu": 32, "other": 256}  # of a prediction: beyond it nothing is gained
+EXPLAINED_COPIES = 5  # of all blocks' attention weights: themselves, what is added to them, derivatives, and what comes of these
 COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters; and their average where there is one
 
 
@@ -92,6 +95,30 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
         state = (COPIES_OF_PARAMETERS + (config.train.ema_decay > 0)) * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
         likely += PROCESS_BYTES + CHECKPOINT_COPIES * state + _image_bytes(planned) * sum(planned.description.num_examples.values())
     return cost.Memory(least, likely)
+
+
+def prediction_batch_size(planned: planning.Experiment, device: machine.Device, *, members: int, explained: bool) -> int:
+    """Images that a prediction by so many members takes at a time: a power of two within LARGEST_BATCH, likely to fit half of the device.
+
+    `explained`: where the attention weights of every block, their derivatives and their sums are kept as well. InputError where not even
+    one image is likely to fit.
+    """
+    architecture, at_once = planned.network.architecture, 1 if device.platform == "cpu" else members
+    each = cost.prediction_memory(planned.num_tokens, architecture.width, _scores(planned, device, 1))
+    if explained:
+        scores = architecture.depth * architecture.num_heads * planned.num_tokens**2
+        each += EXPLAINED_COPIES * scores * cost.BYTES_OF_A_SCORE
+    each = at_once * each + _image_bytes(planned)
+    most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
+    if device.memory_bytes is None:
+        return most
+    state = members * cost.num_params(**planned.shape) * cost.BYTES_OF_A_PARAMETER
+    room = device.memory_bytes / 2 - state
+    if each > room:
+        shown = f"{each / 1e9:,.1f} GB with {planned.num_tokens:,} tokens, and {device.name} has {max(room, 0) / 1e9:,.1f} GB for it"
+        mend = "take --explain=attention, or a larger patch" if explained else "take a larger patch"
+        raise config_lib.InputError(f"a single image is likely to take {shown}; {mend}")
+    return min(most, 2 ** int(math.log2(room / each)))
 
 
 def _scores(planned: planning.Experiment, device: machine.Device, images: int) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,14 @@ def parse_flags(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace
             value = rest.pop(0)
         overrides[flag.removeprefix("--config.")] = value
     return namespace, overrides
+
+
+def file_to_write(flag: str, name: str) -> pathlib.Path:
+    """The file that a flag names; InputError, before any work is done, where none can be written there."""
+    path = pathlib.Path(name).expanduser()
+    if not name or path.is_dir() or not path.absolute().parent.is_dir():
+        raise config.InputError(f"{flag}={name}: not a file in an existing folder; name one")
+    return path
 
 
 def run_cli(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

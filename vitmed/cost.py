@@ -10,8 +10,8 @@ from typing import NamedTuple
 from vitmed import config
 
 AXES = {2: ("height", "width"), 3: ("depth", "height", "width")}
-BYTES_OF_A_PARAMETER = 4  # parameters, gradients and moments stay float32 whatever the activations are
-BYTES_OF_A_SCORE = 4  # so does the softmax of attention
+# Parameters, gradients, moments and the softmax of attention stay float32 whatever the activations are.
+BYTES_OF_A_PARAMETER = BYTES_OF_A_SCORE = 4
 GMACS_PER_SECOND, PARAMETER_BYTES_PER_SECOND = 50.0, 5e9  # of two slow cores
 
 
@@ -208,11 +208,14 @@ def training_memory(
     backward = 3 * activations.attention_weights * BYTES_OF_A_SCORE + (1.5 if scanned else 1.8) * activations.linear * bytes_per_activation
     step = max(3 * params, batch_size * backward + (2 * params if scanned else 0))
     copies = (3 + averaged) * params * (num_runs + 1) if mapped and num_runs > 1 else 0
-    prediction = eval_batch_size * (14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE)
-    return Memory(
-        least=state + at_once * max(params, kept),
-        likely=state + int(max(copies + at_once * (step + waiting_bytes), at_once * prediction)),
-    )
+    prediction = eval_batch_size * prediction_memory(num_tokens, width, block_attention_weights, bytes_per_activation)
+    likely = state + int(max(copies + at_once * (step + waiting_bytes), at_once * prediction))
+    return Memory(least=state + at_once * max(params, kept), likely=likely)
+
+
+def prediction_memory(num_tokens: int, width: int, block_attention_weights: int, bytes_per_activation: int = 4) -> int:
+    """Return the bytes that one image is likely to take in a prediction, as `training_memory` says."""
+    return 14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE
 
 
 def step_seconds(*, gmacs_forward: float, num_params: int, batch_size: int, num_runs: int) -> float:

@@ -15,19 +15,19 @@ import numpy as np
 import rich.console
 import rich.table
 
-from vitmed import cli, experiment, metrics
+from vitmed import cli, experiment, external, inference, metrics
 from vitmed import config as config_lib
-from vitmed import fields as fields_lib
 from vitmed.data import sources
-from vitmed.runs import checkpoint, files, folder, machine
+from vitmed.runs import files, folder, machine
 from vitmed.study import classes, results, tables
-from vitmed.training import evaluation, loop, programs, step
+from vitmed.training import evaluation, programs
 
 SPLITS = ("train", "val", "test")
 EXAMPLES = """examples:
   python -m vitmed.evaluate --workdir=runs/breast_p7
   python -m vitmed.evaluate --workdir=runs/breast_p4 --workdir=runs/breast_p7 --out=ensemble.json
-  python -m vitmed.evaluate --workdir=runs/breast_p7 --split=val --data_root=/data/medmnist"""
+  python -m vitmed.evaluate --workdir=runs/breast_p7 --split=val --data_root=/data/medmnist
+  python -m vitmed.evaluate --workdir=runs/breast_p7 --dataset=folder:/data/other_hospital"""
 
 
 def make_parser() -> cli.Parser:
@@ -35,6 +35,9 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(prog="vitmed.evaluate", description="Measure runs from their checkpoints.", epilog=EXAMPLES)
     parser.add_argument("--workdir", required=True, action="append", metavar="DIR", help="a run's folder; given several times: an ensemble")
     parser.add_argument("--split", default="test", metavar="SPLIT", help=f"one of {', '.join(SPLITS)} (default: test)")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="external validation: another set, by name or as folder:PATH, of the same classes"
+    )
     parser.add_argument("--data_root", metavar="DIR", help="folder of .npz files, where it is not the one that the run used")
     parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
     return parser
@@ -59,35 +62,26 @@ def main(argv: Sequence[str]) -> int:
     if overrides:
         raise config_lib.InputError(f"--config.{next(iter(overrides))}: a run's config is its own; vitmed.evaluate takes no overrides")
     config_lib.one_of("--split", flags.split, SPLITS)
-    out = _writable(flags.out)
+    out = flags.out and cli.file_to_write("--out", flags.out)
     paths = [pathlib.Path(path).expanduser() for path in flags.workdir]
-    configs = [restored_config(folder.RunFolder(path), flags.data_root) for path in paths]
+    configs = [inference.restored_config(folder.RunFolder(path), flags.data_root) for path in paths]
     check_alike(paths, configs)
     with machine.memory_errors():
-        members = [predict(path, config, split=flags.split) for path, config in zip(paths, configs, strict=True)]
+        members = [predict(path, config, split=flags.split, name=flags.dataset) for path, config in zip(paths, configs, strict=True)]
     evaluated = measure(members)
     for warning in evaluated.warnings:
         print(f"vitmed: {flags.split}: {warning}", file=sys.stderr)
-    show(members, flags.split, evaluated)
+    show(members, flags.split, evaluated, trained_on=configs[0].data.name)
     if out:
         description = members[0].description
         record = {"workdirs": flags.workdir, "dataset": description.name, "synthetic": description.synthetic, "seeds": members[0].seeds}
+        record |= {"external": flags.dataset is not None, "trained_on": configs[0].data.name}
         record |= {flags.split: evaluated.metrics, "per_class": classes_record(evaluated, description.class_names)}
         files.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
     failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
     if failed:
         print(f"vitmed: failed seeds {', '.join(map(str, failed))} are left out", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _writable(out: str | None) -> pathlib.Path | None:
-    """The file to write; InputError before any work is done where it cannot be."""
-    if out is None:
-        return None
-    path = pathlib.Path(out)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise config_lib.InputError(f"--out={out}: not a file in an existing folder; name one")
-    return path
 
 
 def check_alike(paths: Sequence[pathlib.Path], configs: Sequence[ml_collections.ConfigDict]) -> None:
@@ -98,52 +92,30 @@ def check_alike(paths: Sequence[pathlib.Path], configs: Sequence[ml_collections.
                 raise config_lib.InputError(f"{path}: its {what} is {mine}, that of {paths[0]} is {first}; an ensemble shares it")
 
 
-def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str) -> Member:
-    """Restore a run's best parameters and take them over a split, by the very program that training used."""
-    run_folder = folder.RunFolder(path)
-    recorded = experiment.recorded_network(run_folder)
-    if recorded is None:  # before pretrained weights are looked for that nothing would need
-        raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
-    planned = experiment.plan(config, recorded)
-    dataset = planned.load()
-    schedule = experiment.step_plan(planned, len(dataset.splits["train"].labels))
-    recipe = experiment.recipe(planned, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels)
-    with checkpoint.Checkpoints(run_folder.checkpoints, read_only=True) as checkpoints:
-        best, progress = restore(recipe, checkpoints, path)
-    if progress.data_md5 != dataset.md5:
-        raise config_lib.InputError(f"{path}: trained on data of MD5 {progress.data_md5}, these have {dataset.md5}; give --data_root")
-    if not progress.ended(schedule, recipe.patience):
-        print(f"vitmed: {path}: not finished, {len(progress.rows)} of {schedule.epochs} epochs", file=sys.stderr)
+def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str, name: str | None = None) -> Member:
+    """Restore a run's best parameters and take them over a split of its own data, or of the set of that `name`, by training's program."""
+    planned = inference.plan(path, config)
+    if name is None:
+        dataset = planned.load()
+        num_examples = len(dataset.splits["train"].labels)
+    else:
+        dataset = external.load(name, planned, root=config.data.root)
+        num_examples = planned.description.num_examples["train"]
     images, labels = dataset.splits[split].images, dataset.splits[split].labels
+    if not len(labels):
+        there = ", ".join(known for known, arrays in dataset.splits.items() if len(arrays.labels))
+        raise config_lib.InputError(f"--split={split}: {dataset.description.name} has no such examples; choose one of {there}")
+    schedule = experiment.step_plan(planned, num_examples)
+    run = inference.restore(path, planned, steps_per_epoch=schedule.steps_per_epoch)
+    progress = run.progress
+    if name is None and progress.data_md5 != dataset.md5:
+        raise config_lib.InputError(f"{path}: trained on data of MD5 {progress.data_md5}, these have {dataset.md5}; give --data_root")
+    if not progress.ended(schedule, run.recipe.patience):
+        print(f"vitmed: {path}: not finished, {len(progress.rows)} of {schedule.epochs} epochs", file=sys.stderr)
     batch_size = config.eval.batch_size
-    program, _ = programs.compile_predict(recipe, images, labels, batch_size=batch_size)
-    predictions = evaluation.predict(program, best.params, images, labels, batch_size=batch_size)
-    return Member(path, planned.description, planned.seeds, progress.failed, labels, predictions)
-
-
-def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
-    """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
-    stored = config_lib.as_tuples(fields_lib.completed(run_folder.read_config()))
-    fields_lib.conform(stored, f"{run_folder.path}: config.json")
-    config = ml_collections.ConfigDict(stored)
-    config.mesh.update(data=1, fsdp=1, sequence=1)
-    config.tracking.writers = ""  # whose packages need not be here
-    if data_root is not None:
-        config.data.root = data_root
-    return config
-
-
-def restore(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoints, path: pathlib.Path) -> tuple[step.Best, loop.Progress]:
-    """Best parameters and how far the run has come; InputError where it has none yet."""
-    latest = checkpoints.latest()
-    if latest is None:
-        raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
-    _, best = recipe.abstract
-    items = checkpoints.restore(latest, best=best, progress=None)
-    progress = loop.Progress(**items["progress"])
-    if not progress.rows:
-        raise config_lib.InputError(f"{path}: no epoch is complete, so there are no best parameters yet; train on with vitmed.main")
-    return items["best"], progress
+    program, _ = programs.compile_predict(run.recipe, images, labels, batch_size=batch_size)
+    predictions = evaluation.predict(program, run.params, images, labels, batch_size=batch_size)
+    return Member(path, dataset.description, planned.seeds, progress.failed, labels, predictions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +157,13 @@ def classes_record(evaluated: Evaluated, names: Sequence[str]) -> list[dict[str,
     return record
 
 
-def show(members: Sequence[Member], split: str, evaluated: Evaluated) -> None:
+def show(members: Sequence[Member], split: str, evaluated: Evaluated, *, trained_on: str) -> None:
     """Two tables: a line per metric, a column per seed and their mean; and a line per class."""
     title = " + ".join(str(member.path) for member in members)
     synthetic = " (synthetic)" if members[0].description.synthetic else ""
-    table = rich.table.Table(title=f"{title}: {members[0].description.name}{synthetic}, {split}", title_justify="left")
+    name = members[0].description.name
+    where = "" if name == trained_on else f", external validation: trained on {trained_on}"
+    table = rich.table.Table(title=f"{title}: {name}{synthetic}, {split}{where}", title_justify="left")
     for name in ("metric", *(f"seed {seed}" for seed in members[0].seeds), "mean ± sd"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, values in evaluated.metrics.items():

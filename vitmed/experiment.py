@@ -22,7 +22,7 @@ from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import pipeline, sources
-from vitmed.models import attention, build, inputs
+from vitmed.models import attention, build, inputs, vit
 from vitmed.runs import checkpoint, folder, guard, machine, processes
 from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
@@ -49,23 +49,29 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     )
 
 
-def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
-    """What the device programs are made of; to train with balanced class weights it needs the `labels` [N, L] of the training split."""
-    config, description, network = experiment.config, experiment.description, experiment.network
-    device = machine.device()
-    platform, mesh = device.platform, experiment.mesh
-    local = attention.choose(experiment.attention_form(platform), platform=platform, num_tokens=experiment.num_tokens)
-    model = build.model(
-        network.architecture,
+def build_model(experiment: Experiment) -> vit.ViT:
+    """The linen module, computing as suits the devices."""
+    config, device, mesh = experiment.config, machine.device(), experiment.mesh
+    form = experiment.attention_form(device.platform)
+    local = attention.choose(form, platform=device.platform, num_tokens=experiment.num_tokens)
+    return build.model(
+        experiment.network.architecture,
         patch_size=experiment.patch_size,
         kernel_size=experiment.geometry.kernel_size,
-        num_classes=description.num_classes,
+        num_classes=experiment.description.num_classes,
         drop_path=config.model.drop_path,
         dtype=config.model.dtype,
         attention=sharding.attention(mesh, local, num_tokens=experiment.num_tokens),
         remat=budget.remat(experiment, device),
         token_multiple=mesh.shape["sequence"],
     )
+
+
+def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
+    """What the device programs are made of; to train with balanced class weights it needs the `labels` [N, L] of the training split."""
+    config, description, network = experiment.config, experiment.description, experiment.network
+    device, mesh = machine.device(), experiment.mesh
+    model = build_model(experiment)
     train = config.train
     return programs.Recipe(
         init=functools.partial(build.initialise, model, image_size=experiment.image_size, in_channels=config.model.in_channels),
@@ -86,7 +92,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray |
         seeds=experiment.seeds,
         mesh=mesh,
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
-        mapped=platform == "cpu",
+        mapped=device.platform == "cpu",
         micro_batch_size=budget.micro_batch_size(experiment, device),
         objective=objective(experiment, labels),
         mixup=train.mixup,

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import __version__, cli, evaluate, network, planning
+from vitmed import __version__, cli, inference, network, planning
 from vitmed import config as config_lib
 from vitmed.data import medmnist, sources
 from vitmed.models import build, inputs, pretrained, snippets, stablehlo, weights
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     out, path = (pathlib.Path(name).expanduser() for name in (flags.out, flags.workdir))
     files.check_new_folder(out, f"--out={flags.out}")
     run = chosen(collection.read(path), flags.seed)
-    config = evaluate.restored_config(folder.RunFolder(path), flags.data_root)
+    config = inference.restored_config(folder.RunFolder(path), flags.data_root)
     machine.cache_programs()
     with machine.memory_errors():
         source = read(run, config, flags.format)

@@ -115,14 +115,17 @@ class ViT(nn.Module):
         return self.class_token + self.num_registers
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0."""
+    def __call__(self, images: jax.Array, *, train: bool = False, encode: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0.
+
+        `encode` stands for the blocks where given: [B, prefix + N, D] -> the same, or the first `num_pooled_tokens` alone.
+        """
         tokens = self._embed(images)
         factors = None
         if train and self.drop_path:
             rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
             factors = layers.drop_path_factors(self.make_rng("drop_path"), rates, len(images))
-        tokens = self._encode(tokens, factors)
+        tokens = self._encode(tokens, factors) if encode is None else encode(tokens)
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
         return self._classify(tokens)

@@ -9,7 +9,7 @@ import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,20 +35,38 @@ def write_whole(path: str | os.PathLike, data: bytes, *, make_parent: bool = Fal
 
     `make_parent` makes the folder that holds it, but not what that is in.
     """
+    if make_parent:
+        with _writing(pathlib.Path(path)):
+            pathlib.Path(path).parent.mkdir(exist_ok=True)
+    with writing_whole(path) as write:
+        write(data)
+
+
+@contextlib.contextmanager
+def writing_whole(path: str | os.PathLike) -> Iterator[Callable[[bytes], None]]:
+    """Give what appends data to a file that comes to be at path, as with `write_whole`, when the context ends without an error."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # LEFTOVER knows the form
     with _writing(path):
-        if make_parent:
-            path.parent.mkdir(exist_ok=True)
-        try:
-            with open(temporary, "xb") as file:
+        file = open(temporary, "xb")  # noqa: SIM115 - closed below, where the disk may be full
+    try:
+
+        def write(data: bytes) -> None:
+            with _writing(path):
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+
+        yield write
+        with _writing(path):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()  # tries once more to write what a full disk refused
+        temporary.unlink(missing_ok=True)
+        raise
+    with _writing(path):
         _sync_folder(path.parent)
 
 

@@ -6,13 +6,18 @@ What the torchvision recipe of the study does one after another on bytes is comp
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from vitmed import config
+
 # torchvision's RandomResizedCrop draws until a crop fits, ten times at most; then it takes the whole image (or, where the image's own ratio
 # lies outside of the range, the central crop of the nearest ratio: not done here).
 CROP_ATTEMPTS = 10
+VIEWS = ("none", "flips", "all")  # of test-time augmentation: the image alone, with its flips, and with quarter turns as well
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
 
 
@@ -75,6 +80,29 @@ def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, 
         return own * values + (1 - own) * jnp.take(values, partners, axis=0)
 
     return mixed(images), mixed(targets)
+
+
+def views(augmentation: Augmentation, kind: str) -> list[Callable[[jax.Array], jax.Array]]:
+    """Test-time augmentation: functions of images [B, *S, C] that move values without changing them, the identity first.
+
+    Only what training has shown under the same label: with `flips` those that the augmentation draws, alone and together, with `all` its
+    quarter turns as well, every view once. InputError where it draws nothing of the kind.
+    """
+    config.one_of("--tta", kind, VIEWS)
+    flips = [axis for axis, chance in ((-3, augmentation.flip_h), (-2, augmentation.flip_w)) if chance] if kind != "none" else []
+    turns = range(4) if kind == "all" and augmentation.quarter_turns else range(1)
+    if kind != "none" and not flips and len(turns) == 1:
+        drawn = "flips or quarter turns" if kind == "all" else "flips"
+        raise config.InputError(f"--tta={kind}: the run was trained without {drawn}, so that they may change what it sees; take none")
+    flipped = [axes for axes in ((), (-3,), (-2,), (-3, -2)) if set(axes) <= set(flips)]
+    if len(turns) == 4 and flips:  # one flip and the turns make the other flip, and both
+        flipped = [(), (flips[0],)]
+
+    def view(images: jax.Array, axes: tuple[int, ...], turn: int) -> jax.Array:
+        images = jnp.flip(images, axes) if axes else images
+        return jnp.rot90(images, turn, axes=(-3, -2)) if turn else images
+
+    return [functools.partial(view, axes=axes, turn=turn) for axes in flipped for turn in turns]
 
 
 def _draw_crop(key: jax.Array, height: int, width: int, augmentation: Augmentation) -> tuple[jax.Array, ...]:
