@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from vitmed import config, evaluate, experiment
+from vitmed import config, experiment, inference
 from vitmed.runs import folder, guard, processes
 from vitmed.training import backends, tracking, writers
 
@@ -200,7 +200,7 @@ def test_what_is_followed_is_the_same_run(small_config, tmp_path):
     run_folder.create(plain.to_dict())
     run_folder.check(followed.to_dict())
     run_folder.config.write_text(json.dumps(followed.to_dict()))
-    assert evaluate.restored_config(run_folder, None).tracking.writers == ""
+    assert inference.restored_config(run_folder, None).tracking.writers == ""
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------------------
