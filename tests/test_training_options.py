@@ -4,6 +4,7 @@ References are closed forms, optax, and PyTorch's formulas written in numpy. Ste
 Legend: `R` runs, `K` classes, `B` batch, `N` examples.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,7 @@ from test_optim_tasks import torch_adamw
 from vitmed import budget, config, experiment
 from vitmed.data import pipeline
 from vitmed.models import build
-from vitmed.runs import machine
+from vitmed.runs import folder, machine
 from vitmed.training import augment, optim, step, tasks
 
 ROOT = linear.__file__.rpartition("/tests/")[0]
@@ -381,6 +382,16 @@ def test_balanced_weights_come_from_the_training_labels_and_nothing_trains_witho
     )  # 4 / (2 x 1) and 4 / (2 x 3), the least made 1
     with pytest.raises(ValueError, match="without the labels of the training split"):
         experiment.recipe(planned, steps_per_epoch=3).objective.targets(labels)
+
+
+def test_a_class_that_is_not_there_is_refused_before_anything_is_written(small_config, tmp_path, monkeypatch):
+    planned = experiment.plan(small_config(train__class_weights="balanced"))
+    dataset = planned.load()
+    splits = {name: dataclasses.replace(split, labels=np.ones_like(split.labels)) for name, split in dataset.splits.items()}
+    monkeypatch.setattr(type(planned), "load", lambda _: dataclasses.replace(dataset, splits=splits))
+    with pytest.raises(config.InputError, match=r"train.class_weights=balanced: the training split has no examples of "):
+        experiment.run(planned, folder.RunFolder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_off_is_not_there(small_config):
