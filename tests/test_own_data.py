@@ -83,6 +83,19 @@ def test_each_image_keeps_its_own_label_and_name(tmp_path):
             assert made.description.class_names[label[0]] == example["label"] == f"class{index % 4}"
 
 
+def test_copies_of_an_image_are_told(tmp_path):
+    rows = pictures(tmp_path, ["a", "b"] * 10)
+    (tmp_path / "images" / "002.png").write_bytes((tmp_path / "images" / "000.png").read_bytes())
+    table(
+        tmp_path / "labels.csv",
+        [(*row, "test" if index in (0, 1) else "train") for index, row in enumerate(rows)],
+        ("path", "label", "split"),
+    )
+    for _ in range(2):  # read, and from the cache
+        said = "1 files are copies of others (images/000.png and images/002.png); 1 of them are in another split"
+        assert said in load(tmp_path).words
+
+
 def test_describe_says_what_load_brings(tmp_path):
     pictures(tmp_path, ["a", "b", "c"] * 10)
     own_files.write_picture(tmp_path / "images" / "000.png", np.zeros((5, 5, 3), np.uint8))  # one in colours
@@ -187,6 +200,8 @@ def test_a_folder_lists_every_image_below_it_once(tmp_path):
     found = [entry.path.relative_to(tmp_path).as_posix() for entry in listing.find(tmp_path, 3)]
     assert found == ["b.nii.gz", "single.dcm", "a/ct"]
     assert len(list(listing.find(tmp_path, 2))) == 2 + 5  # in 2D every slice is an image
+    (tmp_path / "a" / "up").symlink_to(tmp_path)  # a way round in a circle
+    assert len(list(listing.find(tmp_path, 3))) == 3
     with pytest.raises(config.InputError, match="no image or volume"):
         list(listing.find(_empty(tmp_path), 3))
 

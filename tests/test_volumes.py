@@ -72,6 +72,19 @@ def test_placed_frames_are_turned_as_a_series_is(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "frames.dcm").values[..., 0], values)
 
 
+def test_frames_of_an_enhanced_file_have_scales_of_their_own(tmp_path):
+    def group(slope):
+        transformation = pydicom.Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = slope, -1000
+        of_frame = pydicom.Dataset()
+        of_frame.PixelValueTransformationSequence = [transformation]
+        return of_frame
+
+    values = np.full((3, 4, 5), 10, np.uint16)
+    own_files.write_dicom(tmp_path / "frames.dcm", values, PerFrameFunctionalGroupsSequence=[group(slope) for slope in (1, 2, 3)])
+    assert read(tmp_path / "frames.dcm").values[:, 0, 0, 0].tolist() == [-990, -980, -970]
+
+
 def test_monochrome1_is_turned_to_dark(tmp_path):
     pixels = np.array([[0, 4095], [100, 7]], np.uint16)
     own_files.write_dicom(tmp_path / "xray", pixels, PhotometricInterpretation="MONOCHROME1")

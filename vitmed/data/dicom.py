@@ -91,9 +91,13 @@ def _values(header: Any) -> np.ndarray:
     values = pixels.pixel_array(header)  # colours come as RGB
     if int(getattr(header, "SamplesPerPixel", 1)) > 1:
         return values
-    slope, intercept = float(getattr(header, "RescaleSlope", 1) or 1), float(getattr(header, "RescaleIntercept", 0) or 0)
-    if (slope, intercept) != (1.0, 0.0):
-        values = values.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    frames = int(getattr(header, "NumberOfFrames", 1) or 1)
+    scales = [_frame_groups(header, frame, "PixelValueTransformationSequence") or header for frame in range(frames)]
+    slopes = np.array([getattr(scale, "RescaleSlope", 1) or 1 for scale in scales], np.float32)
+    intercepts = np.array([getattr(scale, "RescaleIntercept", 0) or 0 for scale in scales], np.float32)
+    if (slopes != 1).any() or intercepts.any():
+        shape = (frames, 1, 1) if values.ndim == 3 else ()
+        values = values.astype(np.float32) * slopes.reshape(shape) + intercepts.reshape(shape)
     if header.PhotometricInterpretation == "MONOCHROME1":
         values = values.max() + values.min() - values if values.dtype.kind == "f" else values.max() - (values - values.min())
     return values[..., None]

@@ -220,6 +220,12 @@ def words(made: Inventory, report: prepared.Report) -> str:
     for reason, count in made.skipped.items():
         if count:
             lines.append(f"  passed over: {count} files, {reason}")
+    if report.copies:
+        torn = [pair for pair in report.copies if made.splits[pair[0]] != made.splits[pair[1]]]
+        example = "".join(f" ({made.entries[a].name} and {made.entries[b].name})" for a, b in (torn or report.copies)[:1])
+        lines.append(
+            f"  {len(report.copies)} files are copies of others{example}; {len(torn)} of them are in another split than their twin"
+        )
     if report.lost_masks:
         lines.append(f"  of {report.lost_masks} masks nothing is left at this size: too small for its voxels")
     return "\n".join(lines)

@@ -98,8 +98,11 @@ def labelled(path: pathlib.Path, rank: int) -> Listing:
 
 def below(folder: pathlib.Path, rank: int, skipped: collections.Counter[str]) -> Iterator[Entry]:
     """Every image file below a folder, in the order of their names; in 3D a folder of DICOM slices as one."""
+    seen = {os.path.realpath(folder)}  # a link may lead back up
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        real = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders) if not name.startswith(".")}
+        folders[:] = [name for name, path in real.items() if path not in seen]
+        seen.update(real.values())
         paths = [pathlib.Path(here, name) for name in sorted(files)]
         images = [path for path in paths if is_image(path)]
         skipped["no image by its name"] += sum(not path.name.startswith(".") for path in paths) - len(images)

@@ -16,7 +16,7 @@ import pathlib
 import secrets
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -41,11 +41,15 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was read: how many files had each stored shape and each spacing in mm, and of how many masks nothing was left."""
+    """What was read: how many files had each stored shape and each spacing in mm, and of how many masks nothing was left.
+
+    `copies` are pairs of examples, by their numbers, of which the second has the bytes of the first.
+    """
 
     shapes: dict[str, int]
     spacings: dict[str, int]
     lost_masks: int
+    copies: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 def folder(cache: str) -> pathlib.Path:
@@ -63,8 +67,10 @@ def load(entries: Sequence[listing.Entry], how: preparation.Preparation, *, cach
     if kept is not None:
         return kept
     arrays, report = _prepare(entries, how)
+    hashed = _hashed(files)
+    report = dataclasses.replace(report, copies=_copies(entries, hashed))
     record = {"form": FORM, "where": where, "images": arrays.digest, "entries": [_text(entry) for entry in entries]}
-    record |= {"files": _hashed(files), "report": dataclasses.asdict(report)}
+    record |= {"files": hashed, "report": dataclasses.asdict(report)}
     members = {"images": arrays.images} | ({} if arrays.masks is None else {"masks": arrays.masks})
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +105,17 @@ def _hashed(files: Sequence[pathlib.Path]) -> dict[str, list[Any]]:
     """Size, time and SHA-256 by path."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return {str(path): [*_stat(path), sha] for path, sha in zip(files, pool.map(_sha256, files), strict=True)}
+
+
+def _copies(entries: Sequence[listing.Entry], hashed: Mapping[str, list[Any]]) -> list[list[int]]:
+    """Examples that are the same file again under another name: a leak where they are in two splits."""
+    first: dict[str, int] = {}
+    found = []
+    for index, entry in enumerate(entries):
+        sha = hashed[str(entry.path)][-1] if str(entry.path) in hashed else str(entry.path)  # a folder is compared with none
+        if first.setdefault(sha, index) != index:
+            found.append([first[sha], index])
+    return found
 
 
 def _write(path: pathlib.Path, fill: Callable[[BinaryIO], Any]) -> None:

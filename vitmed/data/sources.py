@@ -26,10 +26,10 @@ def is_own(name: str) -> bool:
 def describe(name: str, size: int | Sequence[int], *, root: str = "", own: folder.Settings | None = None) -> Description:
     """What the set is at `size` pixels per axis, one number or one for each, without its data; InputError for an unknown name or size.
 
-    `own` says how own data are read; of these names and headers are looked at.
+    `own`, which folder:PATH needs, says how own data are read; of these names and headers are looked at.
     """
     if is_own(name):
-        return folder.describe(name, _per_axis(size), own or folder.Settings(rank=len(_per_axis(size))), root=root)
+        return folder.describe(name, _per_axis(size), _known(own), root=root)
     return _source(name).describe(name, _size(name, size))
 
 
@@ -47,12 +47,18 @@ def load(
     Files are looked for in `root`, $VITMED_DATA and ~/.medmnist; phantoms need neither `root` nor `verify`. `invert`: see `inverted`.
     """
     if is_own(name):
-        loaded = folder.load(name, _per_axis(size), own or folder.Settings(rank=len(_per_axis(size))), root=root)
+        loaded = folder.load(name, _per_axis(size), _known(own), root=root)
     elif name in phantoms.NAMES:
         loaded = phantoms.load(name, size=_size(name, size))
     else:
         loaded = medmnist.load(name, size=_size(name, size), root=root, verify=verify)
     return inverted(loaded) if invert else loaded
+
+
+def _known(own: folder.Settings | None) -> folder.Settings:
+    if own is None:
+        raise ValueError("own data need a folder.Settings: at least whether they are images or volumes")
+    return own
 
 
 def _per_axis(size: int | Sequence[int]) -> tuple[int, ...]:
