@@ -174,9 +174,9 @@ class Ensemble:
         self.hows: tuple[preparation.Preparation, ...] = tuple(found)
         self.shapes = tuple(found.values())
         self._which = [self.hows.index(run.planned.preparation) for run in runs]
-        device, explained = machine.device(), method not in ("", "attention")
+        device = machine.device()
         self.batch_size = batch_size or min(
-            budget.prediction_batch_size(run.planned, device, members=len(run.seeds), explained=explained) for run in runs
+            budget.prediction_batch_size(run.planned, device, members=len(run.seeds), method=method) for run in runs
         )
         self._predictors = [predictor(run, batch_size=self.batch_size, tta=tta) for run in runs]
         self._explainers = [explainer(run, method=method, batch_size=self.batch_size) for run in runs] if method else []
