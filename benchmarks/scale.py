@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from benchmarks import communication as communications
 from vitmed import budget, cli, cost, experiment, forecast
 from vitmed import config as config_lib
 from vitmed.data import medmnist
@@ -78,7 +79,7 @@ class Work(NamedTuple):
     linear: float
     attention: float
     traffic: float
-    communication: cost.Communication
+    communication: communications.Communication
     kernels: int
 
 
@@ -118,7 +119,7 @@ def work(planned: experiment.Experiment, device: Device, mesh: Mesh) -> Work:
     if not device.fitted:  # a CPU's rates hold what its caches leave of these
         scores = 0 if form == "cudnn" else SCORE_PASSES * kept.attention_weights * cost.BYTES_OF_A_SCORE
         traffic += share * (1 + (remat == "blocks") / 3) * (ACTIVATION_PASSES * kept.linear * width + scores)
-    moved = cost.communication(
+    moved = communications.communication(
         num_params=params,
         batch_size=config.train.batch_size // parts,
         **sizes,
@@ -131,7 +132,7 @@ def work(planned: experiment.Experiment, device: Device, mesh: Mesh) -> Work:
         linear=2e9 * share * cost.training_gmacs(linear=forward - of_attention, attention=0, **once),
         attention=2e9 * share * cost.training_gmacs(linear=0, attention=of_attention, **once),
         traffic=traffic,
-        communication=cost.Communication(*(parts * size for size in moved)),
+        communication=communications.Communication(*(parts * size for size in moved)),
         kernels=KERNELS_PER_BLOCK * architecture.depth,
     )
 

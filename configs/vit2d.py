@@ -71,13 +71,24 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.epochs = 100
     config.train.batch_size = 8  # images per step of one seed
     config.train.micro_batch_size = 0  # of these at a time, gradients summed; 0: what suits a CPU's caches, on an accelerator all
+    config.train.patience = 0  # epochs without a better validation loss after which a seed has ended; 0: every epoch is made
     config.train.learning_rate = 1e-4
-    config.train.lr_step_epochs = 30  # the learning rate is multiplied by lr_gamma after each so many epochs
+    config.train.schedule = "step"  # of the learning rate: step, cosine (to 0 at the end), constant
+    config.train.warmup_epochs = 0.0  # over which it first rises from 0; may be a fraction
+    config.train.lr_step_epochs = 30  # with step it is multiplied by lr_gamma after each so many epochs
     config.train.lr_gamma = 0.5
+    config.train.layer_decay = 1.0  # of the learning rate, for each layer below the classifier
     config.train.weight_decay = 0.05  # on every parameter, as in the study
     config.train.beta1 = 0.9
     config.train.beta2 = 0.999
     config.train.epsilon = 1e-8
+    config.train.ema_decay = 0.0  # per step, of the average of the parameters that is then validated and kept; 0: the parameters themselves
+    config.train.label_smoothing = 0.0  # share of the target that all classes have alike; of the training loss only, as all of these
+    config.train.focal_gamma = 0.0  # of the focal loss: how much less examples count that are right; 0: cross-entropy
+    # How much each class counts: none (alike), balanced (more where it is rare), or one number per class.
+    config.train.class_weights = ml_collections.FieldReference("none", field_type=object)
+    config.train.mixup = 0.0  # alpha of the Beta distribution of the shares in which two images are mixed; 0: none are
+    config.train.sampler = "shuffled"  # shuffled: every image once an epoch; balanced: as many images, of all classes alike
     config.train.remat = "auto"  # computed again in the backward pass, to save memory: none, attention, blocks; auto: as little as fits
     config.train.checkpoint_seconds = 60.0  # least time between two checkpoints
 
@@ -93,6 +104,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 64  # images
+
+    config.tracking = ml_collections.ConfigDict()
+    config.tracking.writers = ""  # where a run is shown while it trains: tensorboard, wandb, mlflow, or several with commas; empty: nowhere
+    config.tracking.project = "vitmed"  # of Weights & Biases; the experiment of MLflow
+    config.tracking.name = ""  # of the run there; empty: its folder's
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices over which a batch is split; -1: those that the others leave, as far as they divide the batches

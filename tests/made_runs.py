@@ -46,7 +46,8 @@ def write(
             probabilities[index] = np.nan
     run = folder.RunFolder(path)
     run.create(config.to_dict())
-    run.write_predictions("test", labels=labels, probabilities=probabilities, seeds=seeds)
+    for split in ("val", "test"):
+        run.write_predictions(split, labels=labels, probabilities=probabilities, seeds=seeds)
     measured = [metrics.compute(task, labels, one).values for one in probabilities]
     scored = {name: [one[name] for one in measured] for name in metrics.metric_names(task)}
     scored["loss"] = [None if seed in failed else 1.0 / (1.0 + skill) + 0.01 * seed for seed in seeds]

@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from vitmed import cli, config, experiment, inference
+from vitmed import fields as fields_lib
 from vitmed.runs import folder
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -219,18 +220,22 @@ def test_what_ends_a_command_becomes_one_line_and_its_exit_status(error, status,
 
 def test_every_field_that_was_added_has_the_value_of_what_was_before_it():
     fields = config.flatten(config.load(VIT2D).to_dict())
-    assert {name: fields[name] for name in config.ADDED} == config.as_tuples(config.ADDED)
-    of_data = {name.removeprefix("data."): value for name, value in config.ADDED.items() if name.startswith("data.")}
-    assert config.completed({"data": {"invert": True}, "other": 1}) == {"data": of_data | {"invert": True}, "other": 1}
-    assert config.completed({"data": {"size": 64}})["data"]["size"] == [64]  # it was one number for all axes
+    assert {name: fields[name] for name in fields_lib.ADDED} == config.as_tuples(fields_lib.ADDED)
+    of_data = {name.removeprefix("data."): value for name, value in fields_lib.ADDED.items() if name.startswith("data.")}
+    tracking = {"name": "", "project": "vitmed", "writers": ""}  # a section that was added as a whole
+    known = {"data": {"invert": True}, "other": 1}
+    assert fields_lib.completed(known) == {"data": of_data | {"invert": True}, "other": 1, "tracking": tracking}
+    assert fields_lib.completed({"data": {"size": 64}})["data"]["size"] == [64]  # it was one number for all axes
+    assert fields_lib.completed({"tracking": {"project": "mine"}})["tracking"] == tracking | {"project": "mine"}
 
 
 def test_a_run_begun_before_a_field_existed_goes_on_and_is_evaluated(tmp_path, small_config):
     now = small_config()
     before = now.to_dict()
-    for name in config.ADDED:
+    for name in fields_lib.ADDED:
         section, _, field = name.partition(".")
         del before[section][field]
+    del before["tracking"]
     run_folder = folder.RunFolder(tmp_path / "run")
     run_folder.create(before)
     run_folder.check(now.to_dict())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from benchmarks import communication
 from vitmed import config, cost
 
 WIDTHS = {"Ti": 192, "S": 384, "B": 768}
@@ -292,21 +293,23 @@ def test_attention_at_262145_tokens_by_hand():
 
 
 def test_bytes_of_collectives_by_hand():
-    assert cost.gathered_bytes(100, 4) == 75  # each has a quarter and receives three
-    assert cost.summed_bytes(100, 4) == 150
-    assert cost.gathered_bytes(100, 1) == cost.summed_bytes(100, 1) == 0
+    assert communication.gathered_bytes(100, 4) == 75  # each has a quarter and receives three
+    assert communication.summed_bytes(100, 4) == 150
+    assert communication.gathered_bytes(100, 1) == communication.summed_bytes(100, 1) == 0
 
 
 def test_communication_of_a_step_by_hand():
     step = {"num_params": 10**6, "num_tokens": 5, "width": 8, "depth": 3, "batch_size": 16}
-    assert cost.communication(**step) == (0, 0, 0)
-    assert cost.communication(**step, data=4) == (2 * 3 / 4 * 4e6, 0, 0)
-    assert cost.communication(**step, fsdp=4) == (0, 3 * 3 / 4 * 4e6, 0)
+    assert communication.communication(**step) == (0, 0, 0)
+    assert communication.communication(**step, data=4) == (2 * 3 / 4 * 4e6, 0, 0)
+    assert communication.communication(**step, fsdp=4) == (0, 3 * 3 / 4 * 4e6, 0)
     # 5 tokens are filled up to 6; keys and values of a block 2 x 16 x 6 x 8 numbers of 4 bytes, half of them from the other device.
-    assert cost.communication(**step, sequence=2) == (2 * 1 / 2 * 4e6, 0, 3 * 2 * 6144 / 2)
-    assert cost.communication(**step, sequence=2, recomputed=True).tokens == 3 * 3 * 6144 / 2
-    assert cost.communication(**step, sequence=2, bytes_per_activation=2).tokens == 3 * 2 * 3072 / 2
+    assert communication.communication(**step, sequence=2) == (2 * 1 / 2 * 4e6, 0, 3 * 2 * 6144 / 2)
+    assert communication.communication(**step, sequence=2, recomputed=True).tokens == 3 * 3 * 6144 / 2
+    assert communication.communication(**step, sequence=2, bytes_per_activation=2).tokens == 3 * 2 * 3072 / 2
     # Together: a device's part of the parameters is 1e6 bytes, summed over 2 x 2; a batch of 16 / (2 x 4) = 2 images.
     mixed = {"data": 2, "fsdp": 4, "sequence": 2}
-    assert cost.communication(**step, **mixed) == (2 * 3 / 4 * 1e6, 3 * 3 / 4 * 4e6, 3 * 2 * 768 / 2)
-    assert cost.communication(**step, **mixed, num_runs=3) == tuple(3 * part for part in cost.communication(**step, **mixed))
+    assert communication.communication(**step, **mixed) == (2 * 3 / 4 * 1e6, 3 * 3 / 4 * 4e6, 3 * 2 * 768 / 2)
+    assert communication.communication(**step, **mixed, num_runs=3) == tuple(
+        3 * part for part in communication.communication(**step, **mixed)
+    )

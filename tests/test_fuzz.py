@@ -1,6 +1,6 @@
 """Every reader of files that others made, given damaged and hostile ones: it reads or refuses in a line, and does nothing else.
 
-VITMED_FUZZ is how many inputs each reader gets (in `make torture` 1,000, 12,000 in all), VITMED_SEED what they are drawn from.
+VITMED_FUZZ is how many inputs each reader gets (in `make torture` 1,000, 13,000 in all), VITMED_SEED what they are drawn from.
 """
 
 import hashlib
@@ -14,17 +14,20 @@ import zlib
 
 import made_runs
 import numpy as np
+import own_files
+import PIL.Image
 import pytest
 import safetensors.numpy
+import tifffile
 from fuzzing import Watch, mutated
 from test_medmnist import arrays_of
 from test_tensors import VALUES, torch_zip, whole
 
 from vitmed import network
-from vitmed.data import sources
+from vitmed.data import listing, preparation, sources
 from vitmed.models import build, tensors
 from vitmed.runs import checkpoint, folder, heartbeat
-from vitmed.study import collection
+from vitmed.study import collection, operating
 
 INPUTS = int(os.environ.get("VITMED_FUZZ", "30"))
 SEED = int(os.environ.get("VITMED_SEED", "0"))
@@ -56,6 +59,31 @@ def read_medmnist(path):
     return sources.load("breastmnist", size=28, root=str(path.parent), verify=False)
 
 
+def read_volume(path):
+    return preparation.prepare(path, preparation.Preparation(rank=3, num_channels=1, size=(4,)))
+
+
+PIL.Image.init()  # it imports its decoders at the first file that none of the usual ones takes
+
+
+def read_picture(path):
+    return preparation.prepare(path, preparation.Preparation(rank=2, num_channels=3, size=(4,)))
+
+
+def read_table(path):
+    return listing.labelled(path, 2)
+
+
+def written(write, values):
+    """The bytes of a file that `write(path, values)` makes."""
+
+    def make(path):
+        write(path, values)
+        return [path.read_bytes()]
+
+    return make
+
+
 def read_run(path):
     """The whole of a run's folder, as a report reads it, and what it takes to evaluate it."""
     run = path.parent if path.parent.name != "predictions" else path.parent.parent
@@ -63,6 +91,13 @@ def read_run(path):
     assert runs or faults
     run_folder = folder.RunFolder(run)
     run_folder.check(run_folder.read_config())
+
+
+def read_calibrated(path):
+    """The calibration and what prediction does with it."""
+    record = operating.of_run(folder.RunFolder(path.parent), task="binary", seeds=[0, 1, 2])
+    calibrated = operating.apply(record, np.full((3, 4, record["num_classes"]), 0.5)).ensemble
+    return operating.decide(record, calibrated, rule="youden")
 
 
 def read_model(path):
@@ -91,8 +126,10 @@ def read_lock(path):
 def run(tmp_path_factory):
     """A finished run, a checkpoint's seal and locks: whole files to be damaged."""
     path = tmp_path_factory.mktemp("fuzz") / "run"
-    made_runs.write(path)
-    folder.RunFolder(path).write_model(network.Network(build.variant("vit_ti"), (0.5,), (0.5,)).record(None))
+    labels, probabilities = made_runs.write(path)
+    folder.RunFolder(path).write_calibration(operating.fit("binary", labels, probabilities, seeds=(0, 1, 2)))
+    described = network.Network(build.variant("vit_ti"), (0.5,), (0.5,), description=sources.describe("breastmnist", 28))
+    folder.RunFolder(path).write_model(described.record(None))
     (path / "failure.json").write_text(json.dumps({"ended": "exit status 1", "said": None}))
     (path / "sealed").mkdir()
     (path / "sealed" / "array").write_bytes(b"values")
@@ -106,6 +143,7 @@ OF_A_RUN = {
     "config.json": read_run,
     "metrics.jsonl": read_run,
     "predictions/test.npz": read_run,
+    "calibration.json": read_calibrated,
     "failure.json": read_failure,
     "model.json": read_model,
     f"sealed/{checkpoint.SEAL}": read_seal,
@@ -118,6 +156,13 @@ OF_OTHERS = {
     ),
     "w.safetensors": (read_weights, lambda path: [safetensors.numpy.save(WEIGHTS, {"note": "n"})]),
     "w.npz": (read_weights, lambda path: [saved(np.savez, WEIGHTS)]),
+    "a.nii": (read_volume, written(own_files.write_nifti, own_files.landmarks())),
+    "a.nii.gz": (read_volume, written(own_files.write_nifti, own_files.landmarks())),
+    "a.dcm": (read_volume, written(own_files.write_dicom, own_files.landmarks())),
+    "stack.tif": (read_volume, written(tifffile.imwrite, own_files.landmarks())),
+    "a.png": (read_picture, written(own_files.write_picture, own_files.landmarks()[0].astype(np.uint8))),
+    "a.jpg": (read_picture, written(own_files.write_picture, own_files.landmarks()[0].astype(np.uint8))),
+    "labels.csv": (read_table, lambda path: [f"path,label,group\n{path},a,p1\n{path.parent},b,p2\n".encode()]),
     "w.pth": (read_weights, lambda path: [torch_bytes(path)]),
 }
 

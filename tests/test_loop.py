@@ -149,12 +149,12 @@ def test_a_seed_that_fails_is_named_and_the_others_go_on_unchanged(small_config,
     undisturbed = start(small_config(), tmp_path / "fine")
     create = step.create
 
-    def poisoned(params, optimizer):
+    def poisoned(params, optimizer, **how):
         """Gives seed 1, told by its own draw of the position table, a parameter that is not finite."""
         own = jax.eval_shape(lambda: params)
         assert own["cls_token"].shape == (1, 48)
         bad = jax.numpy.where(params["pos_embed"][0, 0] == fingerprint, jax.numpy.nan, 0.0)
-        return create(params | {"cls_token": params["cls_token"] + bad}, optimizer)
+        return create(params | {"cls_token": params["cls_token"] + bad}, optimizer, **how)
 
     planned = experiment.plan(small_config())
     recipe = experiment.recipe(planned, steps_per_epoch=3)

@@ -10,10 +10,10 @@ import made_runs
 import numpy as np
 import pytest
 
-from vitmed import cli, report
+from vitmed import cli, metrics, report
 from vitmed import config as config_lib
 from vitmed.runs import folder
-from vitmed.study import figures, formats, results
+from vitmed.study import calibration, figures, formats, operating, results
 
 BROWSER = shutil.which("chromium")
 DRIVER = shutil.which("chromedriver")
@@ -49,7 +49,7 @@ def test_every_file_is_there(out):
         f"{one}_{kind}" for one in ("breastmnist", "retinamnist") for kind in ("learning", "confusion", "roc", "calibration")
     ]
     drawn = {f"figures/{name}.{kind}" for name in names for kind in ("svg", "png")}
-    assert there == {"index.html", "results.csv", "results.md", "results.tex", "summary.md"} | drawn
+    assert there == {"index.html", "results.csv", "classes.csv", "results.md", "results.tex", "summary.md"} | drawn
     for name in names:
         assert (out / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert xml.dom.minidom.parse(str(out / f"figures/{name}.svg")).documentElement.tagName == "svg"
@@ -78,9 +78,45 @@ def test_markdown_puts_the_best_in_bold_and_says_n_and_seeds(out):
     assert "gain in balanced accuracy over the largest patch" in table
 
 
+def test_classes_have_a_row_per_run_class_and_metric(out, roots):
+    rows = list(csv.DictReader(io.StringIO((out / "classes.csv").read_text())))
+    plain = [row for row in rows if row["series"] == ""]
+    assert len(plain) == 3 * 2 * 4 + 2 * 3 * 4  # patches of breast, classes, metrics; of retina
+    file = np.load(roots / "breast4" / "predictions" / "test.npz")
+    for row in (row for row in plain if row["run"] == "breast4"):
+        found = [metrics.per_class("binary", file["labels"], one) for one in file["probabilities"]]
+        k = int(row["class"])
+        assert float(row["mean"]) == pytest.approx(np.mean([one.values[row["metric"]][k] for one in found]))
+        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
+        assert (row["num_images_of_class"], row["num_seeds_defined"], row["num_test_images"]) == (str(found[0].counts[k]), "3", "60")
+    table = (out / "results.md").read_text().partition("### breastmnist: classes")[2].partition("###")[0]
+    assert "| patch 4 | 1 | 30 |" in table
+
+
+def test_the_calibration_error_before_and_after_temperature_scaling(out, roots):
+    table = (out / "results.md").read_text().partition("### breastmnist: temperature scaling")[2].partition("###")[0]
+    (line,) = (line for line in table.splitlines() if line.startswith("| patch 4 |"))
+    temperatures, before, after = (cell.strip() for cell in line.split("|")[2:5])
+    run_folder = folder.RunFolder(roots / "breast4")
+    record, stored = operating.of_run(run_folder, task="binary", seeds=[0, 1, 2]), run_folder.read_predictions("test")
+    assert temperatures == ", ".join(f"{fitted['temperature']:.2f}" for fitted in record["of_seeds"])
+    for text, probabilities in ((before, stored.probabilities), (after, operating.apply(record, stored.probabilities).of_seeds)):
+        error = np.mean([calibration.expected_calibration_error("binary", stored.labels, one) for one in probabilities])
+        assert text.startswith(f"{error:.3f} [")
+
+
+def test_a_run_without_its_validation_is_reported_without_its_calibration(roots, tmp_path, capsys):
+    copy = tmp_path / "runs" / "breast4"
+    shutil.copytree(roots / "breast4", copy)
+    (copy / "predictions" / "val.npz").unlink()
+    assert run(f"--workdir={copy}", f"--out={tmp_path / 'out'}") == 1
+    assert f"{copy}: calibration left out: holds no predictions of split 'val'" in capsys.readouterr().err
+    assert "temperature scaling" not in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_latex_is_escaped_and_balanced(out):
     text = (out / "results.tex").read_text()
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 6
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 10
     assert r"$\pm$" in text
     for line in text.splitlines():
         if line.endswith(r"\\"):

@@ -3,6 +3,7 @@
 Run as a program it trains on every mesh and prints, as JSON, the losses and what lies on each device.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -92,13 +93,21 @@ def train(mesh):
     }
 
 
-def train_across(first, second):
-    """The losses of twenty steps: twelve on one mesh, a checkpoint, and the rest on another."""
+def with_options(recipe):
+    """The recipe with everything on that acts within a step."""
+    how = {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "layer_decay": 0.7}
+    objective = tasks.objective(recipe.task, num_classes=3, label_smoothing=0.1, focal_gamma=1.0, class_weights=(1.0, 2.0, 0.5))
+    optimizer = optim.adamw(lambda step: jnp.float32(1e-3), **how)
+    return dataclasses.replace(recipe, optimizer=optimizer, objective=objective, mixup=0.4, ema_decay=0.9)
+
+
+def train_across(first, second, change=lambda recipe: recipe):
+    """The losses of twenty steps, twelve on one mesh, a checkpoint, the rest on another; and the norms of what is then measured."""
     data, batches = examples()
     losses = []
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpoints(folder) as checkpoints:
         for mesh, start, stop in ((first, 0, 12), (second, 12, K)):
-            recipe = make_recipe(mesh)
+            recipe = change(make_recipe(mesh))
             resident = jax.device_put(data, sharding.replicated(recipe.mesh))
             state, best = programs.create(recipe)
             if start:
@@ -109,7 +118,8 @@ def train_across(first, second):
             losses.append(np.asarray(found)[:, : stop - start])
             checkpoints.save(stop, state=state, best=best, progress={})
             checkpoints.finish()
-    return np.concatenate(losses, axis=1).tolist()
+    norms = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(programs.whole(recipe, state.measured))]
+    return {"losses": np.concatenate(losses, axis=1).tolist(), "norms": norms}
 
 
 def pooled(mesh):
@@ -182,7 +192,14 @@ def test_the_mean_of_all_tokens_leaves_fillers_out(measured):
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_with_another(trained, measured):
-    np.testing.assert_allclose(measured["across"], trained[ONE]["losses"], rtol=2e-5)
+    np.testing.assert_allclose(measured["across"]["losses"], trained[ONE]["losses"], rtol=2e-5)
+
+
+def test_neither_mesh_nor_checkpoint_changes_a_training_with_options(trained, measured):
+    on_one, across = measured["optioned"]
+    np.testing.assert_allclose(across["losses"], on_one["losses"], rtol=2e-5)
+    np.testing.assert_allclose(across["norms"], on_one["norms"], rtol=1e-4)
+    assert np.abs(np.subtract(on_one["losses"], trained[ONE]["losses"])).min(axis=1).max() > 1e-4
 
 
 def test_memory_per_device_falls_with_each_axis(measured):
@@ -281,6 +298,7 @@ if __name__ == "__main__":
         "pooled": pooled((2, 1, 4)),
         "pooled_on_one": pooled(ONE),
         "across": train_across((2, 2, 2), (1, 1, 8)),
+        "optioned": [train_across(*meshes, with_options) for meshes in ((ONE, ONE), ((2, 2, 2), (1, 8, 1)))],
         "plain": [(mesh, memory(mesh, "plain")) for mesh in MESHES if mesh != BATCHED],
         "blockwise": [memory(mesh, "blockwise") for mesh in (ONE, (8, 1, 1))],
     }

@@ -15,7 +15,7 @@ from vitmed.training import loop, programs, sharding
 # while it is written.
 PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
 LARGEST_BATCH = {"cpu": 32, "other": 256}  # of a prediction: beyond it nothing is gained
-COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters
+COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters; and their average where there is one
 
 
 def parts(planned: planning.Experiment, device: machine.Device) -> int:
@@ -85,12 +85,13 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
         num_runs=len(planned.seeds),
         mapped=device.platform == "cpu",
         scanned=remat != "none",
+        averaged=config.train.ema_decay > 0,
         bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
         split_bytes=_resident_bytes(planned, device),
         waiting_bytes=waiting + (0 if keeps else 2 * cost.BYTES_OF_A_SCORE * _scores(planned, device, at_once)),
     )
     if device.platform == "cpu":
-        state = COPIES_OF_PARAMETERS * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
+        state = (COPIES_OF_PARAMETERS + (config.train.ema_decay > 0)) * cost.BYTES_OF_A_PARAMETER * params * len(planned.seeds)
         likely += PROCESS_BYTES + CHECKPOINT_COPIES * state + _image_bytes(planned) * sum(planned.description.num_examples.values())
     return cost.Memory(least, likely)
 

@@ -7,9 +7,10 @@ import ml_collections
 
 from vitmed import config as config_lib
 from vitmed import cost
-from vitmed.data import folder, preparation, sources
+from vitmed import fields as fields_lib
+from vitmed.data import folder, pipeline, preparation, sources
 from vitmed.models import resample
-from vitmed.training import augment
+from vitmed.training import augment, optim, writers
 
 MOST = 10**6  # epochs, images in a batch
 MOST_PIXELS = 2**12  # along an axis of a resized image
@@ -24,6 +25,15 @@ class Geometry:
     image_size: tuple[int, ...]
     patch_size: tuple[int, ...]
     kernel_size: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """Where a run is shown while it trains, the project it belongs to there, and its name (empty: that of its folder)."""
+
+    writers: tuple[str, ...]
+    project: str
+    name: str
 
 
 def geometry(config: ml_collections.ConfigDict, description: sources.Description) -> Geometry:
@@ -47,7 +57,7 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
     """What `data` says of own data; InputError where it says something of a set that it is not for."""
     data, rank = config.data, config.data.rank
     if not sources.is_own(data.name):
-        for name, default in {name: value for name, value in config_lib.ADDED.items() if name in OWN}.items():
+        for name, default in {name: value for name, value in fields_lib.ADDED.items() if name in OWN}.items():
             value = data[name.removeprefix("data.")]
             usual = tuple(default) if isinstance(default, list) else default
             config_lib.require(value == usual, name, value, f"{config_lib.example(usual)!r} with {data.name}: it is for folder:PATH alone")
@@ -56,6 +66,8 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
     config_lib.require(len(data.spacing) in (1, rank), "data.spacing", data.spacing, f"one number, or {rank} for {rank} axes")
     for step in data.spacing:
         config_lib.finite("data.spacing", step, least=0.0, most=1e3)
+    for name in ("window", "task"):  # where numbers would be taken for numbers
+        config_lib.require(isinstance(data[name], str), f"data.{name}", data[name], "a word; see configs/vit2d.py")
     preparation.check_window(data.window)
     config_lib.one_of("data.task", data.task, folder.TASKS)
     good = len(data.shares) == 3 and all(math.isfinite(share) and share >= 0 for share in data.shares) and data.shares[0] > 0
@@ -94,6 +106,40 @@ def training(config: ml_collections.ConfigDict) -> None:
     config_lib.finite("train.epsilon", train.epsilon, least=1e-20, most=1e3)
     for name in ("beta1", "beta2"):
         config_lib.require(0 <= train[name] < 1, f"train.{name}", train[name], "from 0 to less than 1")
+    config_lib.require(0 <= train.patience <= MOST, "train.patience", train.patience, f"from 0 to {MOST}")
+    config_lib.one_of("train.schedule", train.schedule, optim.SCHEDULES)
+    within = 0 <= train.warmup_epochs < train.epochs
+    allowed = f"from 0 to less than the {train.epochs} of train.epochs"
+    config_lib.require(within, "train.warmup_epochs", train.warmup_epochs, allowed)
+    config_lib.require(0 < train.layer_decay <= 1, "train.layer_decay", train.layer_decay, "above 0 and at most 1")
+    config_lib.require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "from 0 to less than 1")
+
+
+def objective(config: ml_collections.ConfigDict, description: sources.Description) -> None:
+    """What `train` says of the training loss and of how often each class is seen, for a set."""
+    train, number = config.train, description.num_classes
+    config_lib.require(0 <= train.label_smoothing < 1, "train.label_smoothing", train.label_smoothing, "from 0 to less than 1")
+    config_lib.finite("train.focal_gamma", train.focal_gamma, least=0.0, most=100.0)
+    config_lib.finite("train.mixup", train.mixup, least=0.0, most=1e3)
+    if isinstance(train.class_weights, str):
+        config_lib.one_of("train.class_weights", train.class_weights, ("none", "balanced"))
+    else:
+        weights = tuple(train.class_weights)
+        good = len(weights) == number and all(1e-6 <= weight <= 1e6 for weight in weights)
+        allowed = f"none, balanced, or {number} numbers from 1e-06 to 1e+06, one per class ({', '.join(description.class_names)})"
+        config_lib.require(good, "train.class_weights", weights, allowed)
+    config_lib.one_of("train.sampler", train.sampler, pipeline.SAMPLERS)
+    if train.sampler == "balanced" and description.task == "multi-label":
+        raise config_lib.InputError(
+            f"train.sampler=balanced: {description.name} has several labels per image, which no choice of images balances one by one; "
+            "take train.class_weights=balanced instead"
+        )
+
+
+def tracked(config: ml_collections.ConfigDict) -> Tracked:
+    """What `tracking` says."""
+    config_lib.require(bool(config.tracking.project), "tracking.project", config.tracking.project, "a name")
+    return Tracked(writers.parse(config.tracking.writers), config.tracking.project, config.tracking.name)
 
 
 def seeds(config: ml_collections.ConfigDict) -> tuple[int, ...]:

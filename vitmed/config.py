@@ -15,25 +15,8 @@ from typing import Any
 
 import ml_collections
 
-# Fields that configs did not always have, each with the value that does what was done before there was one: what older runs are read with.
-ADDED = {
-    "data.cache": "",
-    "data.classes": "",
-    "data.fold": 0,
-    "data.folds": 0,
-    "data.invert": False,
-    "data.resize": 0,
-    "data.shares": [0.7, 0.1, 0.2],
-    "data.spacing": [0.0],
-    "data.split_seed": 0,
-    "data.task": "auto",
-    "data.window": "auto",
-    "model.attention": "auto",
-    "model.kernel_size": [0],
-    "model.position_resize": "bicubic",
-    "train.micro_batch_size": 0,
-    "train.remat": "auto",
-}
+# Words that stand in a field where numbers may stand as well.
+WORDS = ("auto", "none", "balanced")
 
 
 class InputError(ValueError):
@@ -188,11 +171,11 @@ def override(config: ml_collections.ConfigDict, field: str, text: str) -> None:
 
 
 def parse(name: str, text: str, like: Any) -> Any:
-    """The value written in `text`, of the type of `like`; where `like` is 'auto', numbers or a word."""
-    if like == "auto":
+    """The value written in `text`, of the type of `like`; where `like` is one of WORDS, numbers or a word."""
+    if like in WORDS:
         with contextlib.suppress(ValueError, OverflowError):
             return _numbers(text, float)
-    if isinstance(like, str) or text == "auto":
+    if isinstance(like, str) or text == "auto" or (isinstance(like, tuple) and text in WORDS):
         return text
     try:
         if isinstance(like, tuple):
@@ -236,36 +219,6 @@ def as_tuples(nested: Mapping[str, Any]) -> dict[str, Any]:
     """A config read from JSON, its lists turned into the tuples that they were."""
     turned = {key: as_tuples(value) if isinstance(value, Mapping) else value for key, value in nested.items()}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in turned.items()}
-
-
-def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config read from JSON with the fields that were added after it was written; sections that it lacks it keeps lacking."""
-    complete = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-    for name, value in ADDED.items():
-        section, _, field = name.partition(".")
-        if isinstance(complete.get(section), dict):
-            complete[section].setdefault(field, value)
-    data = complete.get("data")
-    if isinstance(data, dict) and isinstance(data.get("size"), int) and not isinstance(data["size"], bool):  # one for all axes, once
-        data["size"] = [data["size"]]
-    return complete
-
-
-def conform(config: Mapping[str, Any], where: str) -> None:
-    """InputError unless a nested config has just the fields of configs/vit2d.py, each of its kind: no CLI meets another one later."""
-    reference, fields = flatten(load(str(shipped_file("vit2d.py"))).to_dict()), flatten(config)
-    for word, names in (("lacks", reference.keys() - fields.keys()), ("has the unknown", fields.keys() - reference.keys())):
-        if names:
-            raise InputError(f"{where} {word} {', '.join(sorted(names))}; take the fields of configs/vit2d.py of this version")
-    for name, like in reference.items():
-        value = fields[name]
-        kinds = (str, tuple) if like == "auto" else (int, float) if isinstance(like, float) else (type(like),)
-        good = isinstance(value, kinds) and isinstance(value, bool) == isinstance(like, bool)
-        if isinstance(value, tuple):
-            number = int if isinstance(like, tuple) and isinstance(like[0], int) else (int, float)
-            good = good and bool(value) and all(isinstance(entry, number) and not isinstance(entry, bool) for entry in value)
-        if not good:
-            raise InputError(f"{where}: {name} is {value!r}; must be of the kind of {like!r}")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def training_memory(
     num_runs: int = 1,
     mapped: bool = False,
     scanned: bool = False,
+    averaged: bool = False,
     bytes_per_activation: int = 4,
     split_bytes: int = 0,
     waiting_bytes: int = 0,
@@ -190,7 +191,8 @@ def training_memory(
 
     `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them; both count no weights where
     attention keeps none. `split_bytes` is the training split, where it lives on the device; where a batch goes through the model in parts
-    of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far.
+    of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far. A state that is `averaged` holds one more
+    copy of the parameters.
 
     The least: parameters, two Adam moments and the best parameters of every run, and for the runs computed at once either the gradients
     or, where these are more, what the backward pass needs. The likely is fitted to what XLA 0.10 says of the compiled step on a CPU
@@ -201,11 +203,11 @@ def training_memory(
     vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
-    state = 4 * params * num_runs + split_bytes
+    state = (4 + averaged) * params * num_runs + split_bytes
     kept = batch_size * (activations.linear + activations.attention_weights) * bytes_per_activation
     backward = 3 * activations.attention_weights * BYTES_OF_A_SCORE + (1.5 if scanned else 1.8) * activations.linear * bytes_per_activation
     step = max(3 * params, batch_size * backward + (2 * params if scanned else 0))
-    copies = 3 * params * (num_runs + 1) if mapped and num_runs > 1 else 0
+    copies = (3 + averaged) * params * (num_runs + 1) if mapped and num_runs > 1 else 0
     prediction = eval_batch_size * prediction_memory(num_tokens, width, block_attention_weights, bytes_per_activation)
     likely = state + int(max(copies + at_once * (step + waiting_bytes), at_once * prediction))
     return Memory(least=state + at_once * max(params, kept), likely=likely)
@@ -241,59 +243,3 @@ def training_gmacs(*, linear: float, attention: float, remat: str = "none", keep
     """
     again = {"none": (0, 0), "attention": (0, 1), "blocks": (1, 1)}[remat]
     return (3 + again[0]) * linear + (3 + again[1] + (0 if keeps_weights else 0.5)) * attention
-
-
-def gathered_bytes(size: float, devices: int) -> float:
-    """Return the bytes each device receives where all gather an array of `size` bytes split over them: (p - 1) / p size.
-
-    As many where an array of that size is summed over them into split ones (reduce-scatter). Both in a ring, the least there can be
-    (Chan et al., Collective communication: theory, practice, and experience, 2007).
-    """
-    return (devices - 1) / devices * size
-
-
-def summed_bytes(size: float, devices: int) -> float:
-    """Return the bytes each device receives where an array of `size` bytes is summed over them, whole everywhere: 2 (p - 1) / p size.
-
-    A reduce-scatter and a gather (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
-    """
-    return 2 * gathered_bytes(size, devices)
-
-
-class Communication(NamedTuple):
-    """Bytes that each device receives in a step, by what they are: gradients summed, parameters split over fsdp, keys and values."""
-
-    gradients: float
-    parameters: float
-    tokens: float
-
-
-def communication(
-    *,
-    num_params: int,
-    num_tokens: int,
-    width: int,
-    depth: int,
-    batch_size: int,
-    data: int = 1,
-    fsdp: int = 1,
-    sequence: int = 1,
-    num_runs: int = 1,
-    recomputed: bool = False,
-    bytes_per_activation: int = 4,
-) -> Communication:
-    """Return what a step of `batch_size` images of each of the runs computed at once receives on each device of a mesh.
-
-    Gradients: those of a device's part of the parameters are summed over `data`, and over `sequence`, since each of its devices has those
-    of its tokens. Parameters: gathered over `fsdp` in the forward and in the backward pass, their gradients reduce-scattered (arXiv
-    1910.02054). Tokens: every block gathers keys and values, 2 B N D numbers, over `sequence`, again in the backward pass where blocks are
-    `recomputed`, and reduce-scatters their gradients. N is filled up to a multiple of `sequence`.
-    """
-    params = num_params * BYTES_OF_A_PARAMETER * num_runs
-    filled = num_tokens + -num_tokens % sequence
-    keys_and_values = 2 * batch_size / (data * fsdp) * num_runs * filled * width * bytes_per_activation
-    return Communication(
-        gradients=summed_bytes(params / fsdp, data * sequence),
-        parameters=3 * gathered_bytes(params, fsdp),
-        tokens=depth * (2 + recomputed) * gathered_bytes(keys_and_values, sequence),
-    )

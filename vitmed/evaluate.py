@@ -19,7 +19,7 @@ from vitmed import cli, experiment, external, inference, metrics
 from vitmed import config as config_lib
 from vitmed.data import sources
 from vitmed.runs import files, folder, machine
-from vitmed.study import tables
+from vitmed.study import classes, results, tables
 from vitmed.training import evaluation, programs
 
 SPLITS = ("train", "val", "test")
@@ -68,15 +68,15 @@ def main(argv: Sequence[str]) -> int:
     check_alike(paths, configs)
     with machine.memory_errors():
         members = [predict(path, config, split=flags.split, name=flags.dataset) for path, config in zip(paths, configs, strict=True)]
-    measured, warnings = measure(members)
-    for warning in warnings:
+    evaluated = measure(members)
+    for warning in evaluated.warnings:
         print(f"vitmed: {flags.split}: {warning}", file=sys.stderr)
-    show(members, flags.split, measured, trained_on=configs[0].data.name)
+    show(members, flags.split, evaluated, trained_on=configs[0].data.name)
     if out:
         description = members[0].description
         record = {"workdirs": flags.workdir, "dataset": description.name, "synthetic": description.synthetic, "seeds": members[0].seeds}
         record |= {"external": flags.dataset is not None, "trained_on": configs[0].data.name}
-        record[flags.split] = measured
+        record |= {flags.split: evaluated.metrics, "per_class": classes_record(evaluated, description.class_names)}
         files.write_whole(out, json.dumps(record, indent=2).encode() + b"\n")
     failed = sorted({seed for member in members for seed, bad in zip(member.seeds, member.failed, strict=True) if bad})
     if failed:
@@ -110,7 +110,7 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
     progress = run.progress
     if name is None and progress.data_md5 != dataset.md5:
         raise config_lib.InputError(f"{path}: trained on data of MD5 {progress.data_md5}, these have {dataset.md5}; give --data_root")
-    if progress.chunk < schedule.num_chunks:
+    if not progress.ended(schedule, run.recipe.patience):
         print(f"vitmed: {path}: not finished, {len(progress.rows)} of {schedule.epochs} epochs", file=sys.stderr)
     batch_size = config.eval.batch_size
     program, _ = programs.compile_predict(run.recipe, images, labels, batch_size=batch_size)
@@ -118,8 +118,17 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
     return Member(path, dataset.description, planned.seeds, progress.failed, labels, predictions)
 
 
-def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
-    """The metrics of one run, as training measures them, or of the mean of several runs' probabilities, seed by seed."""
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+    """What one run or an ensemble scores: metrics as training measures them, every class by itself, and what is undefined."""
+
+    metrics: dict[str, list[float | None]]
+    classes: tuple[classes.OfClass, ...]  # of the seeds that have not failed
+    warnings: list[str]
+
+
+def measure(members: Sequence[Member]) -> Evaluated:
+    """Measure one run, or the mean of several runs' probabilities, seed by seed."""
     first = members[0]
     for other in members[1:]:
         if not np.array_equal(first.labels, other.labels):
@@ -132,11 +141,24 @@ def measure(members: Sequence[Member]) -> tuple[dict[str, Any], list[str]]:
         losses = np.array([metrics.log_loss(task, labels, of_seed) for of_seed in probabilities])
     failed = [any(bad) for bad in zip(*(member.failed for member in members), strict=True)]
     names = first.description.class_names
-    return evaluation.measure(task, labels, probabilities=probabilities, losses=losses, class_names=names, failed=failed)
+    measured, warnings = evaluation.measure(task, labels, probabilities=probabilities, losses=losses, class_names=names, failed=failed)
+    alive = probabilities[~np.array(failed)]
+    for of_seed in alive:
+        warnings += [warning for warning in metrics.per_class(task, labels, of_seed, class_names=names).warnings if warning not in warnings]
+    return Evaluated(measured, classes.resampled(task, labels, alive) if len(alive) and len(labels) else (), warnings)
 
 
-def show(members: Sequence[Member], split: str, measured: dict[str, Any], *, trained_on: str) -> None:
-    """A table: a line per metric, a column per seed and their mean."""
+def classes_record(evaluated: Evaluated, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What --out says of the classes: per metric a value for each seed that has not failed, and the ends of the mean's interval."""
+    record = []
+    for one in evaluated.classes:
+        row = {"class": one.number, "name": names[one.number], "num_images": one.count, **one.per_seed}
+        record.append(row | {f"{name}_interval": known and [known.low, known.high] for name, known in one.intervals.items()})
+    return record
+
+
+def show(members: Sequence[Member], split: str, evaluated: Evaluated, *, trained_on: str) -> None:
+    """Two tables: a line per metric, a column per seed and their mean; and a line per class."""
     title = " + ".join(str(member.path) for member in members)
     synthetic = " (synthetic)" if members[0].description.synthetic else ""
     name = members[0].description.name
@@ -144,9 +166,22 @@ def show(members: Sequence[Member], split: str, measured: dict[str, Any], *, tra
     table = rich.table.Table(title=f"{title}: {name}{synthetic}, {split}{where}", title_justify="left")
     for name in ("metric", *(f"seed {seed}" for seed in members[0].seeds), "mean ± sd"):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for name, values in measured.items():
+    for name, values in evaluated.metrics.items():
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values), tables.spread_text(values))
     tables.show(table)
+    if evaluated.classes:
+        tables.show(classes_table(evaluated.classes, members[0].description.class_names))
+
+
+def classes_table(found: Sequence[classes.OfClass], names: Sequence[str]) -> rich.table.Table:
+    """A line per class: the mean over seeds and its interval."""
+    table = rich.table.Table(caption="each class against the rest: mean over seeds [95 % interval over seeds and images]")
+    for column in ("class", "images", *metrics.CLASS_METRICS):
+        table.add_column(column, justify="left" if column == "class" else "right", overflow="fold")
+    for one in found:
+        cells = ("-" if known is None else results.interval_text(known) for known in one.intervals.values())
+        table.add_row(f"{one.number} {names[one.number]}", f"{one.count:,}", *cells)
+    return table
 
 
 if __name__ == "__main__":

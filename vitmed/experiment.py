@@ -1,7 +1,7 @@
 """From a config to what is trained: checked, described and built in one place for every CLI.
 
 `plan` reads no data and writes nothing: whatever is wrong with a config is an InputError there (`planning`, `checks`, `network`).
-`recipe` is what the device needs, `run` trains into a folder, `result` is the record of a finished run.
+`recipe` is what the device needs, `run` trains into a folder; `record` writes what a finished run leaves.
 """
 
 import contextlib
@@ -17,13 +17,14 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import budget, planning
+from vitmed import budget, planning, record
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import pipeline, sources
-from vitmed.models import attention, build, exported, inputs, vit
+from vitmed.models import attention, build, inputs, vit
 from vitmed.runs import checkpoint, folder, guard, machine, processes
-from vitmed.training import loop, optim, programs, sharding, tasks
+from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
 Experiment, plan = planning.Experiment, planning.plan
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
@@ -44,6 +45,7 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
         batch_size=train.batch_size,
         epochs=train.epochs,
         steps_per_chunk=math.ceil(steps_per_epoch / chunks),  # chunks of an epoch as equal as can be
+        sampler=train.sampler,
     )
 
 
@@ -65,8 +67,8 @@ def build_model(experiment: Experiment) -> vit.ViT:
     )
 
 
-def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
-    """What the device programs are made of."""
+def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
+    """What the device programs are made of; to train with balanced class weights it needs the `labels` [N, L] of the training split."""
     config, description, network = experiment.config, experiment.description, experiment.network
     device, mesh = machine.device(), experiment.mesh
     model = build_model(experiment)
@@ -84,6 +86,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
             beta1=train.beta1,
             beta2=train.beta2,
             epsilon=train.epsilon,
+            layer_decay=train.layer_decay,
         ),
         augmentation=experiment.augmentation,
         seeds=experiment.seeds,
@@ -91,47 +94,39 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int) -> programs.Recipe:
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=device.platform == "cpu",
         micro_batch_size=budget.micro_batch_size(experiment, device),
+        objective=objective(experiment, labels),
+        mixup=train.mixup,
+        ema_decay=train.ema_decay,
+        patience=train.patience,
     )
 
 
 def learning_rate(experiment: Experiment, *, steps_per_epoch: int) -> Any:
     """The schedule: step -> learning rate."""
     train = experiment.config.train
-    return optim.step_lr(train.learning_rate, steps_per_epoch=steps_per_epoch, lr_step_epochs=train.lr_step_epochs, lr_gamma=train.lr_gamma)
+    return optim.schedule(
+        train.schedule,
+        train.learning_rate,
+        epochs=train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=train.warmup_epochs,
+        lr_step_epochs=train.lr_step_epochs,
+        lr_gamma=train.lr_gamma,
+    )
 
 
-def result(experiment: Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
-    """What result.json says of a finished run."""
-    config, description, network = experiment.config, experiment.description, experiment.network
-    examples = len(dataset.splits["train"].labels)
-    num_params = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
-    return {
-        "schema_version": folder.SCHEMA_VERSION,
-        "dataset": description.name,
-        "data_md5": dataset.md5,
-        "task": description.task,
-        "image_size": experiment.image_size,
-        "patch_size": experiment.patch_size,
-        "variant": config.model.variant,
-        "pretrained": config.model.pretrained or None,
-        "normalisation": {"mean": network.mean, "std": network.std},
-        "seeds": experiment.seeds,
-        "failed_seeds": outcome.failed_seeds,
-        "num_tokens": experiment.num_tokens,
-        "num_params": num_params,
-        "num_trainable_params": num_params,
-        "gmacs_forward": experiment.gmacs_forward,
-        **{split: outcome.measured[split] for split in ("test", "val")},
-        "best_epoch": outcome.best_epoch,
-        "train_seconds": outcome.train_seconds,
-        "compile_seconds": outcome.compile_seconds,
-        "train_images_per_second": examples * config.train.epochs * len(experiment.seeds) / outcome.train_seconds,
-        "test_milliseconds_per_image": 1e3 * outcome.test_seconds / (len(dataset.splits["test"].labels) * len(experiment.seeds)),
-        "peak_memory_bytes": machine.peak_memory_bytes(experiment.mesh.devices.flat),
-        "device": machine.device_name(experiment.mesh.devices.flat),
-        "versions": machine.versions(),
-        "config_digest": folder.digest(config.to_dict()),
-    }
+def objective(experiment: Experiment, labels: np.ndarray | None) -> tasks.Objective | None:
+    """What a step minimises, None for the task's own loss; InputError where the labels [N, L] cannot be balanced."""
+    train, description = experiment.config.train, experiment.description
+    task, weights = tasks.TASKS[description.task], None if train.class_weights == "none" else train.class_weights
+    if weights == "balanced":
+        if labels is None:  # prediction needs no objective
+            return tasks.UNKNOWN
+        weights = tasks.balanced_weights(task, labels, description.class_names)
+    if weights is None and not (train.label_smoothing or train.focal_gamma or train.mixup):
+        return None
+    shaped = {"label_smoothing": train.label_smoothing, "focal_gamma": train.focal_gamma}
+    return tasks.objective(task, num_classes=description.num_classes, class_weights=weights, **shaped)
 
 
 def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
@@ -162,9 +157,9 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
             run_folder.write_model(experiment.network.record(report))
         if all(split.examples is not None for split in dataset.splits.values()):
             run_folder.write_examples({name: split.examples for name, split in dataset.splits.items()})
-        record = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
+        result = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
         processes.most(0)  # process 0 has written it before any other ends, or goes on to a sweep's next point
-    return record
+    return result
 
 
 def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, Any, Any]:
@@ -172,6 +167,7 @@ def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sourc
     dataset = processes.main_first(experiment.load)
     if dataset.words and processes.is_main():
         print(f"vitmed: {dataset.words}", file=sys.stderr)
+    processes.by_all(lambda: objective(experiment, dataset.splits["train"].labels))
     start, report = processes.by_all(lambda: _start(experiment, run_folder))
     if processes.count() > 1:
         processes.same("settings", folder.digest(experiment.config.to_dict()))
@@ -193,33 +189,43 @@ def _train(
     experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, signals: guard.Signals, start: Any
 ) -> dict[str, Any]:
     """Train, and write what a finished run leaves."""
+    with _followed(experiment, run_folder) as observer:
+        outcome = _outcome(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
+        result = record.leave(experiment, run_folder, dataset=dataset, outcome=outcome)
+        observer.finished(outcome.measured["test"], lambda: record.shown(run_folder))
+    return result
+
+
+def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.Observer:
+    """Whoever follows the run from outside, in the process that writes."""
+    if not processes.is_main():
+        return tracking.Observer()
+    fields, tracked = config_lib.flatten(experiment.config.to_dict()), experiment.tracked
+    names = {"project": tracked.project, "name": tracked.name}
+    return writers.start(tracked.writers, run_folder.path, config=fields, seeds=experiment.seeds, **names)
+
+
+def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, **how: Any) -> loop.Outcome:
+    """Train to the end: `how` are signals, start and observer of `loop.train`."""
     config = experiment.config
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
-    outcome = loop.train(
-        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch),
+    return loop.train(
+        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels),
         plan=schedule,
         dataset=dataset,
         run_folder=run_folder,
-        signals=signals,
         learning_rate=learning_rate(experiment, steps_per_epoch=schedule.steps_per_epoch),
         checkpoint_seconds=config.train.checkpoint_seconds,
         evaluation_batch_size=config.eval.batch_size,
         placement=config.data.placement,
         label=experiment.label,
-        start=start,
+        **how,
     )
-    for split, predictions in outcome.predictions.items():
-        labels = dataset.splits[split].labels
-        run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-    write_weights(experiment, run_folder, outcome)
-    record = result(experiment, dataset, outcome)
-    run_folder.write_result(record)
-    return record
 
 
 def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:
     """The result of the run that a folder holds, None where it is not finished; InputError where the folder cannot hold this run."""
-    config_lib.conform(config.to_dict(), "the config")
+    fields_lib.conform(config.to_dict(), "the config")
     run_folder.check(config.to_dict())
     return run_folder.read_result()
 
@@ -248,19 +254,3 @@ def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, A
     if processes.is_main():
         print(f"vitmed: {experiment.network.weights.path.name}: {report}", file=sys.stderr)
     return params, report
-
-
-def write_weights(experiment: Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:
-    """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
-    for index, seed in enumerate(experiment.seeds):
-        if seed not in outcome.failed_seeds:
-            packed = exported.pack(
-                jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
-                architecture=experiment.network.architecture,
-                **dataclasses.asdict(experiment.geometry),
-                mean=experiment.network.mean,
-                std=experiment.network.std,
-                seed=seed,
-                val_loss=outcome.measured["val"]["loss"][index],
-            )
-            run_folder.write_weights(seed, packed)

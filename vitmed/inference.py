@@ -16,6 +16,7 @@ import numpy as np
 
 from vitmed import budget, experiment
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed.data import preparation, streaming
 from vitmed.models import explain
 from vitmed.runs import checkpoint, folder, machine
@@ -60,10 +61,11 @@ class Restored:
 
 def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
     """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
-    stored = config_lib.as_tuples(config_lib.completed(run_folder.read_config()))
-    config_lib.conform(stored, f"{run_folder.path}: config.json")
+    stored = config_lib.as_tuples(fields_lib.completed(run_folder.read_config()))
+    fields_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
     config.mesh.update(data=1, fsdp=1, sequence=1)
+    config.tracking.writers = ""  # whose packages need not be here
     if data_root is not None:
         config.data.root = data_root
     return config

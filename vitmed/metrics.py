@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 TASKS = ("binary", "multi-class", "multi-label", "ordinal")
+CLASS_METRICS = ("sensitivity", "specificity", "precision", "f1")  # of a class against the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,15 @@ class Measured:
     """The metrics of one run: fractions, None where undefined, and a warning for each reason why."""
 
     values: dict[str, float | None]
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class OfClasses:
+    """The metrics of every class of one run: per name a fraction for each of the K classes, and how many examples each has."""
+
+    values: dict[str, list[float | None]]
+    counts: list[int]
     warnings: tuple[str, ...]
 
 
@@ -38,7 +48,7 @@ def compute(task: str, labels: np.ndarray, probabilities: np.ndarray, *, class_n
     that do not fit the task.
     """
     names = metric_names(task)
-    labels, probabilities = _checked(task, labels, probabilities)
+    labels, probabilities = checked(task, labels, probabilities)
     if not len(labels):
         return Measured(dict.fromkeys(names), ("every metric is undefined: there are no examples",))
     if not np.isfinite(probabilities).all():
@@ -51,13 +61,67 @@ def compute(task: str, labels: np.ndarray, probabilities: np.ndarray, *, class_n
     return Measured(values, tuple(warnings))
 
 
+def per_class(task: str, labels: np.ndarray, probabilities: np.ndarray, *, class_names: Sequence[str] = ()) -> OfClasses:
+    """Measure every class against the rest, of multi-label tasks every label: labels int [N, L], probabilities float [N, K].
+
+    Sensitivity TP / (TP + FN), specificity TN / (TN + FP), precision TP / (TP + FP), F1 2 TP / (2 TP + FP + FN), of decisions by the
+    highest probability, in multi-label by those above .5: as accuracy in `compute`. None, and a warning, where a denominator is 0 or
+    probabilities are not finite. ValueError for arrays that do not fit the task.
+    """
+    labels, probabilities = checked(task, labels, probabilities)
+    num_classes = probabilities.shape[1]
+    if not len(labels) or not np.isfinite(probabilities).all():
+        why = "the probabilities are not all finite" if len(labels) else "there are no examples"
+        undefined = {name: [None] * num_classes for name in CLASS_METRICS}
+        counts = of_class(task, labels, num_classes).sum(axis=0).tolist()
+        return OfClasses(undefined, counts, (f"every metric of every class is undefined: {why}",))
+    truth, chosen = of_class(task, labels, num_classes), decided(task, probabilities)
+    positives, predicted = truth.sum(axis=0), chosen.sum(axis=0)
+    rates = class_rates((truth & chosen).sum(axis=0), predicted=predicted, positives=positives, num_examples=len(labels))
+    why = {
+        "sensitivity": "no example of class {}",
+        "specificity": "every example is of class {}",
+        "precision": "no example is taken for class {}",
+        "f1": "no example is of class {}, or taken for it",
+    }
+    undefined = {name: np.flatnonzero(np.isnan(values)) for name, values in rates.items()}
+    warnings = tuple(
+        f"{name} is undefined: {why[name].format(_named(classes, class_names=class_names))}"
+        for name, classes in undefined.items()
+        if classes.size
+    )
+    values = {name: [None if np.isnan(value) else float(value) for value in of_name] for name, of_name in rates.items()}
+    return OfClasses(values, positives.tolist(), warnings)
+
+
+def of_class(task: str, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Whether each example is of each class: labels int [N, L] -> bool [N, K]."""
+    return np.asarray(labels) == (1 if task == "multi-label" else np.arange(num_classes))
+
+
+def decided(task: str, probabilities: np.ndarray) -> np.ndarray:
+    """Which class each example is taken for, in multi-label which labels: probabilities [N, K] -> bool [N, K]."""
+    if task == "multi-label":
+        return probabilities > 0.5
+    return probabilities.argmax(axis=1)[:, None] == np.arange(probabilities.shape[1])
+
+
+def class_rates(hits: np.ndarray, *, predicted: np.ndarray, positives: np.ndarray, num_examples: int) -> dict[str, np.ndarray]:
+    """CLASS_METRICS from counts [..., K]: examples rightly taken for a class, all taken for it, all that are of it. NaN for 0 / 0."""
+    hits, predicted, positives = (np.asarray(counts, np.float64) for counts in (hits, predicted, positives))
+    negatives = num_examples - positives
+    with np.errstate(invalid="ignore"):
+        values = (hits / positives, (negatives - predicted + hits) / negatives, hits / predicted, 2 * hits / (predicted + positives))
+    return dict(zip(CLASS_METRICS, values, strict=True))
+
+
 def log_loss(task: str, labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Return the mean cross-entropy in nats of labels [N, L] under probabilities [N, K]; NaN where those are NaN or N is 0.
 
     Multi-label: binary cross-entropy, averaged over labels, then examples. Probabilities are clipped at float32's smallest
     normal number, so a saturated mistake costs 87 nats instead of infinity. ValueError for arrays that do not fit the task.
     """
-    labels, probabilities = _checked(task, labels, probabilities)
+    labels, probabilities = checked(task, labels, probabilities)
     if not len(labels):
         return float("nan")
     if task == "multi-label":
@@ -89,8 +153,8 @@ def area_under_curve(positive: np.ndarray, scores: np.ndarray) -> float | None:
     return float((positives * (negatives_below + negatives / 2)).sum() / pairs)
 
 
-def _checked(task: str, labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels as int64 and probabilities as float64 (which keeps float32 ties) after checking their shapes and range."""
+def checked(task: str, labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels as int64 and probabilities as float64 (which keeps float32 ties); ValueError where shapes or range do not fit."""
     metric_names(task)
     labels, probabilities = np.asarray(labels), np.asarray(probabilities)
     if labels.ndim != 2 or probabilities.ndim != 2 or len(labels) != len(probabilities):

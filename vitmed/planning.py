@@ -9,6 +9,7 @@ import ml_collections
 
 from vitmed import checks, cost
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import preparation, sources
 from vitmed.models import attention, vit
@@ -27,6 +28,7 @@ class Experiment:
     geometry: checks.Geometry
     seeds: tuple[int, ...]
     augmentation: augment.Augmentation
+    tracked: checks.Tracked
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -113,7 +115,7 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
 
     A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
     """
-    config_lib.conform(config.to_dict(), "the config")
+    fields_lib.conform(config.to_dict(), "the config")
     own = checks.own_data(config)
     description = recorded and recorded.description
     if description is None:
@@ -128,11 +130,13 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     config_lib.one_of("train.remat", config.train.remat, ("auto", *vit.REMATS))
     geometry = checks.geometry(config, description)
     checks.training(config)
+    checks.objective(config, description)
     return Experiment(
         config=config,
         description=description,
         seeds=checks.seeds(config),
         augmentation=checks.augmentation(config, description.image_size),
+        tracked=checks.tracked(config),
         network=recorded or networks.of_config(config, description),
         geometry=geometry,
     )

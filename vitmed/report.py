@@ -14,8 +14,9 @@ EXAMPLES = """examples:
   python -m vitmed.report --workdir=runs/study2d --workdir=runs/study3d --out=report --ensemble=4,7 --ensemble=4,7,14
   python -m vitmed.report --workdir=runs/breast_p7 --out=report --medmnist
 
-DIR gets index.html (a page that needs no network), results.csv (a row per run and seed), results.md, results.tex (needs booktabs and
-graphicx), summary.md and figures/ as SVG and PNG; with --medmnist also medmnist/, for `python -m medmnist evaluate`.
+DIR gets index.html (a page that needs no network), results.csv (a row per run and seed), classes.csv (a row per run, class and metric),
+results.md, results.tex (needs booktabs and graphicx), summary.md and figures/ as SVG and PNG; with --medmnist also medmnist/, for
+`python -m medmnist evaluate`.
 
 exit status: 0 done; 1 done, but runs or seeds were left out, each named; 2 wrong input"""
 
@@ -85,6 +86,7 @@ def write(study: analysis.Study, out: pathlib.Path, *, runs: Sequence[collection
     method = results.METHOD.format(resamples=study.resamples)
     texts = {
         "results.csv": formats.as_csv(study),
+        "classes.csv": formats.classes_as_csv(study),
         "results.md": "\n".join(["# Results", "", method, "", *map(formats.as_markdown, tables)]),
         "results.tex": "\n".join([f"% {method}", *map(formats.as_latex, tables)]),
         "summary.md": summary.as_markdown(study),

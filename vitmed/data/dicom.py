@@ -3,15 +3,18 @@
 Slices are sorted by where they lie along the normal of their plane, never by file name; a volume is turned to RAS as volumes.py says.
 """
 
+import io
+import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from vitmed.data import volumes
 
 IRREGULAR = 0.05  # of the usual distance between slices: more than this apart, a slice is missing or the series is not one volume
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # what it finds odd and reads all the same is no news to a user
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -38,7 +41,7 @@ def is_slice(path: pathlib.Path) -> bool:
     """Whether a file is one slice of a volume: it has a single frame. A broken file counts as one, and is named when it is read."""
     pydicom = volumes.required("pydicom")
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["NumberOfFrames"])
+        header = pydicom.dcmread(_bytes(path), stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return int(header.get("NumberOfFrames") or 1) == 1
     except (pydicom.errors.InvalidDicomError, OSError, EOFError, ValueError):
         return True
@@ -66,10 +69,15 @@ def read(path: pathlib.Path, rank: int) -> volumes.Image:
     return volumes.Image(_values(only), spacing=tuple(map(float, spacing)) if spacing else None)
 
 
+def _bytes(path: pathlib.Path) -> BinaryIO:
+    """The file in memory: of one on a disk, Python would make room for as many bytes as a damaged header says an element has."""
+    return io.BytesIO(path.read_bytes())
+
+
 def _read(path: pathlib.Path) -> Any:
     pydicom = volumes.required("pydicom")
     try:
-        found = pydicom.dcmread(path)
+        found = pydicom.dcmread(_bytes(path))
     except (pydicom.errors.InvalidDicomError, OSError, EOFError) as error:
         raise volumes.Unreadable(f"{path}: not a whole DICOM file ({type(error).__name__})") from error
     if "PixelData" not in found and "FloatPixelData" not in found:

@@ -68,7 +68,7 @@ def find(path: pathlib.Path, rank: int) -> Iterator[Entry]:
 def existing(path: pathlib.Path) -> pathlib.Path:
     """The path, with ~ expanded; InputError where nothing is there."""
     path = pathlib.Path(os.path.expanduser(path))
-    if not path.exists():
+    if not os.path.exists(path):  # also False of a name that no file can have
         raise config.InputError(f"{path}: no such file or folder; name a CSV, a folder or an image")
     return path
 
@@ -148,7 +148,7 @@ def _check(entries: list[Entry], table: pathlib.Path) -> None:
     """InputError where a table is empty, names files that are not there, or one twice, or only sometimes a group or a split."""
     if not entries:
         raise config.InputError(f"{table}: no rows; a row for each image is needed")
-    missing = [str(path) for entry in entries for path in (entry.path, entry.mask) if path and not path.exists()]
+    missing = [str(path) for entry in entries for path in (entry.path, entry.mask) if path and not os.path.exists(path)]
     if missing:
         raise config.InputError(
             f"{table}: {counted(missing, 'file', 'is not there', 'are not there')}; mend the paths or take the rows out"
@@ -167,5 +167,7 @@ def _check(entries: list[Entry], table: pathlib.Path) -> None:
 
 def counted(names: list[str], noun: str, one: str, many: str) -> str:
     """'3 files are missing (a, b, c)', with the first few names."""
-    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    shown = ", ".join(config.one_line(name)[:300] for name in names[:SHOWN]) + (
+        f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    )
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} {many if len(names) > 1 else one} ({shown})"

@@ -2,8 +2,8 @@
 
 Shapes: `R` runs (seeds), `K` steps of a chunk, `B` batch, `N` examples, `*S` spatial, `C` channels, `L` labels.
 An epoch is ceil(N / B) steps over a permutation of its own; the last batch is filled up with examples that the mask leaves out, so
-every example counts exactly once. Chunks never cross an epoch and follow from the plan alone, never from timing: to resume is to start
-at a chunk's number.
+every example counts exactly once. The balanced sampler gives an epoch as many examples, of all classes alike. Chunks never cross an
+epoch and follow from the plan alone, never from timing: to resume is to start at a chunk's number.
 """
 
 import dataclasses
@@ -16,16 +16,18 @@ import numpy as np
 
 # Chunks prepared ahead while the device computes; one more than what is in use, and one more to absorb a slow gather.
 PREFETCHED_CHUNKS = 2
+SAMPLERS = ("shuffled", "balanced")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The steps of a training: `steps_per_chunk` is the most that one call of the device makes."""
+    """The steps of a training: `steps_per_chunk` is the most that one call of the device makes, `sampler` one of SAMPLERS."""
 
     num_examples: int
     batch_size: int
     epochs: int
     steps_per_chunk: int
+    sampler: str = "shuffled"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -80,6 +82,22 @@ def epoch_order(seed: int, *, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
+def balanced_order(seed: int, *, epoch: int, classes: np.ndarray) -> np.ndarray:
+    """N examples [N] for an epoch (from 0) of a seed, of each class among `classes` [N] as many, up to one; which have one more is drawn.
+
+    Of a class every example comes as often as any other, up to once, and the order is random. A function of the arguments alone.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    members = [np.flatnonzero(classes == one) for one in np.unique(classes)]
+    share, more = divmod(len(classes), len(members))
+    counts = share + (generator.permutation(len(members)) < more)
+    drawn = [
+        np.concatenate([generator.permutation(of_class) for _ in range(-(-count // len(of_class)))] or [of_class])[:count]
+        for count, of_class in zip(counts, members, strict=True)
+    ]
+    return generator.permutation(np.concatenate(drawn))
+
+
 def step_indices(order: np.ndarray, *, first: int, stop: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices [stop - first, B] of an epoch's steps and their mask: beyond the epoch's end fillers from its beginning, masked."""
     positions = np.arange(first * batch_size, stop * batch_size).reshape(-1, batch_size)
@@ -93,18 +111,22 @@ def training_chunks(
     start: int = 0,
     streamed: Mapping[str, np.ndarray] | None = None,
     own: np.ndarray | slice = slice(None),
+    classes: np.ndarray | None = None,
 ) -> Iterator[Chunk]:
     """The chunks from number `start` on, prepared ahead in a thread; with `streamed` {images, labels} they carry the examples.
 
-    `own` are the examples of each batch that this process feeds.
+    `own` are the examples of each batch that this process feeds. The balanced sampler goes by `classes` [N].
     """
+
+    @functools.lru_cache(maxsize=len(seeds))
+    def order(seed: int, epoch: int) -> np.ndarray:
+        if plan.sampler == "balanced":
+            return balanced_order(seed, epoch=epoch, classes=classes)
+        return epoch_order(seed, epoch=epoch, num_examples=plan.num_examples)
 
     def load(number: int) -> Chunk:
         epoch, first, stop = plan.position(int(number))
-        drawn = [
-            step_indices(epoch_order(seed, epoch=epoch, num_examples=plan.num_examples), first=first, stop=stop, batch_size=plan.batch_size)
-            for seed in seeds
-        ]
+        drawn = [step_indices(order(seed, epoch), first=first, stop=stop, batch_size=plan.batch_size) for seed in seeds]
         # Every chunk has the same shape, so that one compiled program serves all; steps after the last are never made.
         missing = ((0, 0), (0, plan.steps_per_chunk - (stop - first)), (0, 0))
         indices = np.pad(np.stack([indices for indices, _ in drawn]), missing)[..., own]

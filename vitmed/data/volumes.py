@@ -21,6 +21,7 @@ import numpy as np
 from vitmed import config
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+FORMATS = ("PNG", "JPEG", "BMP")  # Pillow's names: a file that says to be another is not given to the decoders of forty formats
 TIFFS = (".tif", ".tiff")
 NIFTIS = (".nii", ".nii.gz")
 DICOMS = (".dcm", ".dicom", ".ima")
@@ -87,7 +88,7 @@ def read(path: pathlib.Path, rank: int) -> Image:
 @functools.lru_cache(maxsize=2**17)
 def _picture_channels(path: pathlib.Path, size: int, time: int) -> int:
     """Channels of a picture by its header alone; `size` and `time` tell a file that was changed."""
-    with required("PIL.Image").open(path) as file:
+    with required("PIL.Image").open(path, formats=FORMATS) as file:
         return 1 if file.mode in ("1", "L", "LA", "I", "F") or file.mode.startswith("I;16") else 3
 
 
@@ -122,7 +123,7 @@ def required(name: str) -> ModuleType:
 def _picture(path: pathlib.Path, rank: int) -> Image:
     """PNG, JPEG, BMP, upright as the camera says; transparency is dropped, palettes become colours."""
     pillow = required("PIL.Image")
-    with pillow.open(path) as file:
+    with pillow.open(path, formats=FORMATS) as file:
         require_rank(path, (file.height, file.width), rank)
         upright = required("PIL.ImageOps").exif_transpose(file)
         if upright.mode in ("1", "L", "I", "F") or upright.mode.startswith("I;16"):

@@ -2,8 +2,8 @@
 
 A folder belongs to one configuration: a run with another one is refused before anything is written. Files:
 config.json, model.json (the network, what it was fed, what became of pretrained weights), metrics.jsonl (a line per epoch), checkpoints/,
-examples.csv (of own data: the file of each row), predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters), result.json,
-and failure.json where a sweep's point failed.
+examples.csv (of own data: the file of each row), predictions/{split}.npz, weights/seed{S}.safetensors (the best parameters),
+calibration.json, result.json, and failure.json where a sweep's point failed.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
@@ -23,10 +23,11 @@ import jsonschema
 import numpy as np
 
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed import npz
 from vitmed.runs import files
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, CALIBRATION_VERSION = 1, 1  # of result.json and calibration.json
 MAY_CHANGE = (
     "data.cache",
     "data.root",
@@ -68,14 +69,14 @@ def _json_text(value: Any) -> str:
 
 
 @functools.cache
-def _result_schema() -> jsonschema.Draft202012Validator:
-    text = importlib.resources.files("vitmed.runs").joinpath("result.schema.json").read_text(encoding="utf-8")
+def _schema(name: str) -> jsonschema.Draft202012Validator:
+    text = importlib.resources.files("vitmed.runs").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
     return jsonschema.Draft202012Validator(json.loads(text))
 
 
-def _result_fault(result: Any) -> str | None:
-    """Say what in a result departs from the schema; None if nothing does."""
-    fault = jsonschema.exceptions.best_match(_result_schema().iter_errors(result))
+def _schema_fault(name: str, record: Any) -> str | None:
+    """Say what in a `result` or a `calibration` departs from its schema; None if nothing does."""
+    fault = jsonschema.exceptions.best_match(_schema(name).iter_errors(record))
     return None if fault is None else f"{fault.json_path}: {fault.message[:200]}"
 
 
@@ -105,6 +106,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.examples = self.path / "examples.csv"
         self.checkpoints = self.path / "checkpoints"
+        self.calibration = self.path / "calibration.json"
         self.result = self.path / "result.json"
         self.failure = self.path / "failure.json"
 
@@ -140,7 +142,7 @@ class RunFolder:
             files.write_whole(path, data, make_parent=make_parent)
 
     def _check_same(self, config: Mapping[str, Any]) -> None:
-        configs = (config_lib.completed(self.read_config()), config_lib.completed(config))
+        configs = (fields_lib.completed(self.read_config()), fields_lib.completed(config))
         there, came = ({name: _json_text(value) for name, value in _settled(c).items()} for c in configs)
         names = sorted(name for name in there.keys() | came.keys() if there.get(name) != came.get(name))
         shown = [f"{name} is {there.get(name, 'absent')} there, {came.get(name, 'absent')} here" for name in names[:SHOWN_DIFFERENCES]]
@@ -242,12 +244,19 @@ class RunFolder:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json after holding it against the schema (NaN becomes null); ValueError if it does not match."""
-        ready = files.json_ready(result)
-        if fault := _result_fault(ready):
-            raise ValueError(f"the result does not match runs/result.schema.json: {fault}")
-        self._write(self.result, files.json_bytes(ready))
+        self._write_checked("result", self.result, result)
         if self.writes:
             self.failure.unlink(missing_ok=True)
+
+    def write_calibration(self, record: Mapping[str, Any]) -> None:
+        """Write temperatures and operating points, see study/operating.py; ValueError if they do not match the schema."""
+        self._write_checked("calibration", self.calibration, record)
+
+    def _write_checked(self, name: str, path: pathlib.Path, record: Mapping[str, Any]) -> None:
+        ready = files.json_ready(record)
+        if fault := _schema_fault(name, ready):
+            raise ValueError(f"the {name} does not match runs/{name}.schema.json: {fault}")
+        self._write(path, files.json_bytes(ready))
 
     def write_failure(self, record: Mapping[str, Any]) -> None:
         """Write why the run could not be finished; a result removes it."""
@@ -263,15 +272,20 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """Return the result, None if there is none; InputError if it is broken, does not match or is of a newer schema."""
+        return self._read_checked("result", self.result, SCHEMA_VERSION)
+
+    def read_calibration(self) -> dict[str, Any] | None:
+        """Return the calibration, None of a run that has none; InputError if it is broken, does not match or is of a newer schema."""
+        return self._read_checked("calibration", self.calibration, CALIBRATION_VERSION)
+
+    def _read_checked(self, name: str, path: pathlib.Path, newest: int) -> dict[str, Any] | None:
         try:
-            result = files.parse_json(files.read(self.result), where=str(self.result))
+            record = files.parse_json(files.read(path), where=str(path))
         except FileNotFoundError:
             return None
-        version = result.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise config_lib.InputError(
-                f"{self.result} has schema_version {version}, this vitmed reads up to {SCHEMA_VERSION}; install a newer vitmed"
-            )
-        if fault := _result_fault(result):
-            raise config_lib.InputError(f"{self.result} does not match the schema: {fault}")
-        return result
+        version = record.get("schema_version")
+        if isinstance(version, int) and version > newest:
+            raise config_lib.InputError(f"{path} has schema_version {version}, this vitmed reads up to {newest}; install a newer vitmed")
+        if fault := _schema_fault(name, record):
+            raise config_lib.InputError(f"{path} does not match the schema: {fault}")
+        return record

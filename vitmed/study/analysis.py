@@ -1,21 +1,37 @@
 """From runs to everything that a report says: subjects with intervals, gains, contrasts, ensembles, and what holds over data sets."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from vitmed import metrics
-from vitmed.study import calibration, collection, comparisons, statistics, subjects
+from vitmed.study import calibration, classes, collection, comparisons, operating, statistics, subjects
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What temperature scaling does to a run's expected calibration error on the test split: the temperatures [R] are validation's."""
+
+    temperatures: list[float]
+    before: statistics.Interval
+    after: statistics.Interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A subject with what it scores: per metric a value per seed and the interval of their mean; calibration per seed."""
+    """A subject with what it scores: per metric a value per seed and the interval of their mean; calibration per seed.
+
+    Of runs also every class by itself, and temperature scaling where the run's calibration could be read.
+    """
 
     subject: subjects.Subject
     per_seed: dict[str, list[float | None]]
     intervals: dict[str, statistics.Interval | None]
     brier_score: list[float]
     expected_calibration_error: list[float]
+    of_classes: tuple[classes.OfClass, ...] = ()
+    scaling: Scaling | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +108,39 @@ def analyse(
 
 
 def _measure(subject: subjects.Subject, resampler: comparisons.Resampler) -> Measured:
+    task, labels = subject.task, subject.labels
+    of_classes, scaling = _details(subject, resampler) if subject.run else ((), None)
     return Measured(
         subject,
         subject.measured(),
         resampler.intervals(subject),
-        brier_score=[calibration.brier_score(subject.task, subject.labels, one) for one in subject.probabilities],
-        expected_calibration_error=[
-            calibration.expected_calibration_error(subject.task, subject.labels, one) for one in subject.probabilities
-        ],
+        brier_score=[calibration.brier_score(task, labels, one) for one in subject.probabilities],
+        expected_calibration_error=[calibration.expected_calibration_error(task, labels, one) for one in subject.probabilities],
+        of_classes=of_classes,
+        scaling=scaling,
     )
+
+
+def _details(subject: subjects.Subject, resampler: comparisons.Resampler) -> tuple[tuple[classes.OfClass, ...], Scaling | None]:
+    """Classes and calibration of a run, all from one pass over the resamples."""
+    task, labels, before = subject.task, subject.labels, subject.probabilities
+    temperatures = [fitted["temperature"] for fitted in subject.run.fitted]
+    scaled = {"before": before}
+    if temperatures:
+        scaled["after"] = [operating.temper(task, one, temperature) for one, temperature in zip(before, temperatures, strict=True)]
+    values = resampler.resampled(subject, [_detail(task, labels, seed, scaled) for seed in range(len(before))])
+    errors = {}
+    for name, probabilities in scaled.items():
+        mean = float(np.mean([calibration.expected_calibration_error(task, labels, one) for one in probabilities]))
+        errors[name] = statistics.interval(mean, values[name])
+    return classes.of_seeds(task, labels, before, values), Scaling(temperatures, **errors) if temperatures else None
+
+
+def _detail(task: str, labels: np.ndarray, seed: int, scaled: Mapping[str, Sequence[np.ndarray]]) -> statistics.Measure:
+    """Of one seed the metrics of every class, and the calibration error of each of the `scaled` probabilities [R, N, K]."""
+    of_classes = classes.measure(task, labels, scaled["before"][seed])
+    errors = {name: calibration.resampled_error(task, labels, probabilities[seed]) for name, probabilities in scaled.items()}
+    return lambda drawn: of_classes(drawn) | {name: error(drawn) for name, error in errors.items()}
 
 
 def _data_set(runs: Sequence[collection.Run], ensembles: Sequence[Sequence[str]], resampler: comparisons.Resampler) -> DataSet:

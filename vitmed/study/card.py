@@ -23,6 +23,8 @@ LIMITS = (
 RECIPE = ("model.variant", "model.pretrained", "model.kernel_size", "model.inflation", "model.depth_positions", "model.position_resize")
 RECIPE += ("model.pooling", "model.drop_path", "model.dtype", "train.epochs", "train.batch_size")
 RECIPE += ("train.learning_rate", "train.lr_step_epochs", "train.lr_gamma", "train.weight_decay", "train.beta1", "train.beta2")
+RECIPE += ("train.schedule", "train.warmup_epochs", "train.layer_decay", "train.ema_decay", "train.patience", "train.label_smoothing")
+RECIPE += ("train.focal_gamma", "train.class_weights", "train.mixup", "train.sampler")
 RECIPE += ("augment.crop_scale", "augment.crop_ratio", "augment.rotation_degrees", "augment.flip_h", "augment.flip_w")
 RECIPE += ("augment.quarter_turns", "augment.brightness", "augment.contrast")
 

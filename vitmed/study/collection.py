@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from vitmed import config as config_lib
+from vitmed import fields as fields_lib
 from vitmed.runs import folder
+from vitmed.study import operating
 
 MARKS = ("config.json", "result.json", "failure.json")  # files by which a run's folder is known
 
@@ -30,6 +32,7 @@ class Run:
     seeds: tuple[int, ...]
     departures: tuple[tuple[str, Any], ...] = ()  # the settings in which it is not as usual: see `series`
     series: str = ""
+    calibration: Mapping[str, Any] | None = None  # temperatures and operating points, see `operating`
 
     @property
     def dataset(self) -> str:
@@ -57,6 +60,14 @@ class Run:
         """What a person calls it within its data set."""
         return f"patch {self.patch}" + (f", {self.series}" if self.series else "")
 
+    @property
+    def fitted(self) -> list[Mapping[str, Any]]:
+        """Temperature and operating points of the seeds that have not failed; none where the calibration could not be read."""
+        if self.calibration is None:
+            return []
+        of_seeds = dict(zip(self.result["seeds"], self.calibration["of_seeds"], strict=True))
+        return [of_seeds[seed] for seed in self.seeds]
+
     def of_seeds(self, split: str, metric: str) -> list[float | None]:
         """A metric of the seeds that have not failed."""
         values = dict(zip(self.result["seeds"], self.result[split][metric], strict=True))
@@ -79,8 +90,9 @@ def read_all(roots: Sequence[pathlib.Path]) -> tuple[list[Run], list[str]]:
             try:
                 run = read(path)
                 epochs, fault = read_epochs(path, num_seeds=len(run.result["seeds"]))
-                runs.append(dataclasses.replace(run, epochs=epochs))
-                faults += [fault] if fault else []
+                calibrated, uncalibrated = read_calibration(run)
+                runs.append(dataclasses.replace(run, epochs=epochs, calibration=calibrated))
+                faults += [found for found in (fault, uncalibrated) if found]
             except (config_lib.InputError, OSError) as error:
                 faults.append(f"{path}: left out: {str(error).removeprefix(f'{path}: ')}")
     if not runs:
@@ -129,7 +141,7 @@ def read(path: pathlib.Path) -> Run:
     return Run(
         path=path,
         result=result,
-        config=config_lib.flatten(config_lib.as_tuples(config_lib.completed(config))),
+        config=config_lib.flatten(config_lib.as_tuples(fields_lib.completed(config))),
         epochs=(),
         labels=predictions.labels,
         probabilities=probabilities,
@@ -147,6 +159,17 @@ def read_epochs(path: pathlib.Path, *, num_seeds: int) -> tuple[list[dict[str, A
     if not fault:
         return epochs, None
     return [], f"{path}: learning curves left out: {fault}"
+
+
+def read_calibration(run: Run) -> tuple[dict[str, Any] | None, str | None]:
+    """(the run's calibration, None), or (None, what is wrong with it): a run is whole without it."""
+    try:
+        record = operating.of_run(folder.RunFolder(run.path), task=run.task, seeds=run.result["seeds"])
+        missing = [seed for seed, fitted in zip(run.result["seeds"], record["of_seeds"], strict=True) if seed in run.seeds and not fitted]
+        fault = f"it has none of seeds {', '.join(map(str, missing))}" if missing else None
+    except config_lib.InputError as error:
+        fault = str(error).removeprefix(f"{run.path}/").removeprefix(f"{run.path} ")
+    return (None, f"{run.path}: calibration left out: {fault}") if fault else (record, None)
 
 
 def _labels_fault(task: str, labels: np.ndarray, probabilities: np.ndarray) -> str | None:

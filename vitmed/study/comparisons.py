@@ -64,6 +64,11 @@ class Resampler:
         values, measured = self.values(subject), _means(subject, subject.seeds)
         return {name: None if measured[name] is None else statistics.interval(measured[name], values[name]) for name in measured}
 
+    def resampled(self, subject: subjects.Subject, measures: Sequence[statistics.Measure]) -> dict[str, np.ndarray]:
+        """What a measure for each seed of the subject gives in every resample: see `statistics.resampled`."""
+        draws = statistics.draw(subject.task, subject.labels, num_seeds=len(measures), resamples=self._resamples, seed=self._seed)
+        return statistics.resampled(draws, measures)
+
     def compare(self, first: subjects.Subject, second: subjects.Subject) -> list[Comparison]:
         """`first` minus `second` in every one of METRICS that is defined, over the seeds that both have; none where they share none."""
         seeds = tuple(seed for seed in first.seeds if seed in second.seeds)

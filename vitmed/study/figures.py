@@ -33,13 +33,13 @@ def draw(study: analysis.Study) -> dict[str, figure.Figure]:
     return drawn
 
 
-def encode(drawn: figure.Figure) -> dict[str, bytes]:
-    """The figure as svg and png."""
-    encoded = {}
+def encode(drawn: figure.Figure, *kinds: str) -> dict[str, bytes]:
+    """The figure as svg and png, or as the kinds that are named."""
+    encoded, unsaid = {}, {"svg": {"Date": None}, "png": {"Software": None}}
     with matplotlib.rc_context(STYLE):
-        for kind, said in (("svg", {"Date": None}), ("png", {"Software": None})):
+        for kind in kinds or unsaid:
             data = io.BytesIO()
-            drawn.savefig(data, format=kind, dpi=DOTS_PER_INCH, metadata=said)
+            drawn.savefig(data, format=kind, dpi=DOTS_PER_INCH, metadata=unsaid[kind])
             encoded[kind] = data.getvalue()
     return encoded
 

@@ -1,13 +1,14 @@
-"""What tables are written as: Markdown, LaTeX, and results.csv with a row per subject and seed."""
+"""What tables are written as: Markdown, LaTeX, results.csv (a row per subject and seed), classes.csv (per run, class and metric)."""
 
 import csv
 import io
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vitmed import metrics
 from vitmed.study import analysis, results
 
 
@@ -67,11 +68,36 @@ def as_latex(table: results.Table) -> str:
 def as_csv(study: analysis.Study) -> str:
     """A row per subject and seed: settings, metrics of test and validation, calibration, cost and provenance."""
     rows = [row for one in study.data_sets for series in one.series for member in series.members for row in _csv_rows(one, member)]
+    return _csv_text(rows)
+
+
+def classes_as_csv(study: analysis.Study) -> str:
+    """A row per run, class and metric: the mean over the seeds for which it is defined, with its interval."""
+    rows = []
+    for one in study.data_sets:
+        for member in (member for series in one.series for member in series.runs):
+            run = {"dataset": one.name, "task": one.task, "patch": member.subject.patch, "series": member.subject.series}
+            run |= {
+                "run": member.subject.run.path.resolve().name,
+                "num_seeds": len(member.subject.seeds),
+                "num_test_images": one.num_images,
+            }
+            for of_class in member.of_classes:
+                for name, interval in of_class.intervals.items():
+                    mean, _ = metrics.mean_and_sd(of_class.per_seed[name])
+                    ends = {"low": None, "high": None} if interval is None else {"low": interval.low, "high": interval.high}
+                    defined = sum(value is not None for value in of_class.per_seed[name])
+                    place = {"class": of_class.number, "num_images_of_class": of_class.count, "metric": name}
+                    rows.append(run | place | {"mean": mean} | ends | {"num_seeds_defined": defined})
+    return _csv_text(rows)
+
+
+def _csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     header = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(header), lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: "" if _undefined(value) else value for name, value in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -86,7 +112,7 @@ def _csv_rows(data_set: analysis.DataSet, member: analysis.Measured) -> list[dic
         row |= {"test_brier_score": member.brier_score[index]}
         row |= {"test_expected_calibration_error": member.expected_calibration_error[index]}
         rows.append(row | (_csv_of_run(member, index) if subject.run else {}))
-    return [{name: "" if _undefined(value) else value for name, value in row.items()} for row in rows]
+    return rows
 
 
 def _undefined(value: Any) -> bool:
@@ -99,6 +125,7 @@ def _csv_of_run(member: analysis.Measured, index: int) -> dict[str, Any]:
     row = {f"val_{name}": values[place] for name, values in result["val"].items()}
     row |= {"test_loss": result["test"]["loss"][place], "best_epoch": result["best_epoch"][place]}
     row |= {"last_training_loss": results.last_training_losses(member)[index], "image_size": "x".join(map(str, result["image_size"]))}
+    row |= {"temperature": member.scaling.temperatures[index] if member.scaling else None}
     names = ("variant", "pretrained", "num_tokens", "num_params", "num_trainable_params", "gmacs_forward", "train_seconds")
     names += ("compile_seconds", "train_images_per_second", "test_milliseconds_per_image", "peak_memory_bytes", "device", "config_digest")
     row |= {name: result[name] for name in names}

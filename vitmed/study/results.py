@@ -11,6 +11,7 @@ NAMES = {
     "auc": "AUC",
     "accuracy": "accuracy",
     "quadratic_weighted_kappa": "quadratic weighted kappa",
+    "f1": "F1",
 }
 METHOD = (
     "Mean ± standard deviation over seeds on the test split, the best in bold. In brackets: the 95 % percentile interval of {resamples:,} "
@@ -157,6 +158,35 @@ def differences(data_set: analysis.DataSet) -> Table:
     return Table(f"{title(data_set)}: paired differences", caption, header, rows)
 
 
+def of_classes(data_set: analysis.DataSet) -> Table:
+    """Every class of every run against the rest."""
+    rows = []
+    for member in (member for series in data_set.series for member in series.runs):
+        for one in member.of_classes:
+            known = [one.intervals[name] for name in metrics.CLASS_METRICS]
+            scored = (Cell("-") if interval is None else Cell(interval_text(interval), interval.estimate) for interval in known)
+            rows.append((Cell(member.subject.name), Cell(str(one.number), one.number), Cell(f"{one.count:,}", one.count), *scored))
+    header = ("", "class", "images of it", *(NAMES.get(name, name) for name in metrics.CLASS_METRICS))
+    how = "each label above .5" if data_set.task == "multi-label" else "the class of highest probability"
+    caption = f"{data_set.num_images:,} test images, {seeds_text(data_set.series[0].runs)}, each class against the rest; decided: {how}."
+    return Table(f"{title(data_set)}: classes", caption, header, tuple(rows))
+
+
+def scaling(data_set: analysis.DataSet) -> Table:
+    """The expected calibration error of every run before and after temperature scaling."""
+    rows = []
+    for member in (member for series in data_set.series for member in series.runs):
+        if (one := member.scaling) is not None:
+            mean, _ = metrics.mean_and_sd(one.temperatures)
+            temperatures = Cell(", ".join(f"{temperature:.2f}" for temperature in one.temperatures), mean)
+            errors = (Cell(interval_text(interval), interval.estimate) for interval in (one.before, one.after))
+            rows.append((Cell(member.subject.name), temperatures, *errors))
+    header = ("", "temperature of each seed", "expected calibration error", "after temperature scaling")
+    caption = f"{data_set.num_images:,} test images, {seeds_text(data_set.series[0].runs)}; the temperatures are fitted on validation."
+    return Table(f"{title(data_set)}: temperature scaling", caption, header, tuple(rows))
+
+
 def tables(data_set: analysis.DataSet) -> list[Table]:
     """All tables of a data set that have rows."""
-    return [table for table in (scores(data_set), differences(data_set), costs(data_set)) if table.rows]
+    made = (scores(data_set), differences(data_set), costs(data_set), scaling(data_set), of_classes(data_set))
+    return [table for table in made if table.rows]

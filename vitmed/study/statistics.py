@@ -103,6 +103,24 @@ def distribution(task: str, labels: np.ndarray, probabilities: np.ndarray, draws
     return {name: np.concatenate(chunks) for name, chunks in found.items()}
 
 
+def resampled(draws: Draws, measures: Sequence[Measure]) -> dict[str, np.ndarray]:
+    """The values of any measures in every resample, the mean over the drawn seeds for which they are defined: float64 [resamples, ...].
+
+    A measure for each seed: how often each image was drawn float32 [N, b] -> values [b, ...] by name, NaN where undefined.
+    """
+    if len(measures) != draws.num_seeds:
+        raise ValueError(f"{len(measures)} measures for draws of {draws.num_seeds} seeds")
+    found: dict[str, list[np.ndarray]] = {}
+    for drawn, weights in draws.chunks():
+        of_seeds = [measure(drawn) for measure in measures]
+        for name in of_seeds[0]:
+            values = np.stack([of_seed[name] for of_seed in of_seeds])  # [R, b, ...]
+            known = weights.reshape(*weights.shape, *(1,) * (values.ndim - 2)) * ~np.isnan(values)
+            with np.errstate(invalid="ignore"):
+                found.setdefault(name, []).append((known * np.nan_to_num(values)).sum(axis=0) / known.sum(axis=0))
+    return {name: np.concatenate(chunks) for name, chunks in found.items()}
+
+
 class _Area:
     """The area under the ROC curve, ties half, of many resamples at once: the share of pairs won (Mann and Whitney 1947).
 

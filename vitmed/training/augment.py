@@ -62,6 +62,26 @@ def apply(key: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.
     return images
 
 
+def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float) -> tuple[jax.Array, jax.Array]:
+    """mixup (arXiv 1710.09412): images [B, *S, C] and targets [B, K], each with its partner's share; lambda is of Beta(alpha, alpha).
+
+    Partners are a random permutation of the real examples among themselves; what the mask [B] leaves out mixes with its like. Each pair
+    draws a lambda of its own, as the paper's formula says (its authors' code draws one for a batch): of a small batch, one draw from
+    a distribution that lies at both ends would leave nearly all images as they are, or mix all of them.
+    """
+    order_key, share_key = jax.random.split(key)
+    places = jnp.argsort(~mask, stable=True)  # the real ones first; so they are in the random order too
+    shuffled = jnp.argsort(jnp.where(mask, jax.random.uniform(order_key, mask.shape), 2.0))
+    partners = jnp.zeros_like(places).at[places].set(shuffled)
+    share = jax.random.beta(share_key, alpha, alpha, mask.shape)
+
+    def mixed(values: jax.Array) -> jax.Array:
+        own = share.reshape(-1, *(1,) * (values.ndim - 1)).astype(values.dtype)
+        return own * values + (1 - own) * jnp.take(values, partners, axis=0)
+
+    return mixed(images), mixed(targets)
+
+
 def views(augmentation: Augmentation, kind: str) -> list[Callable[[jax.Array], jax.Array]]:
     """Test-time augmentation: functions of images [B, *S, C] that move values without changing them, the identity first.
 

@@ -43,6 +43,16 @@ class Progress:
         """The checkpoint's number: how many chunks and validations lie behind it, so that no two states share one."""
         return self.chunk + len(self.rows)
 
+    def spent(self, patience: int) -> list[bool]:
+        """Whether each run had no better validation loss for `patience` epochs (0: never); nothing later counts for it, nor a failure."""
+        best = self.rows[-1]["best_epoch"] if self.rows else [0] * len(self.failed)
+        return [0 < patience <= len(self.rows) - epoch for epoch in best]
+
+    def ended(self, plan: pipeline.Plan, patience: int) -> bool:
+        """Whether no step is left: all are made or, with `patience`, no run can become better; an epoch that has begun is completed."""
+        over = patience > 0 and all(bad or spent for bad, spent in zip(self.failed, self.spent(patience), strict=True))
+        return self.chunk == plan.num_chunks or (over and self.chunk == plan.chunks_per_epoch * len(self.rows))
+
 
 @dataclasses.dataclass
 class Training:
@@ -59,8 +69,9 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished training leaves: best epochs [R] and parameters (on the host), failures, predictions and measurements, times."""
+    """What a finished training leaves: epochs made, the best ones [R] and their parameters (on the host), failures, predictions, times."""
 
+    epochs: int
     best_epoch: list[int]
     failed_seeds: list[int]
     best_params: Any
@@ -84,12 +95,15 @@ def train(
     placement: str,
     label: str,
     start: Any = None,
+    observer: tracking.Observer | None = None,
 ) -> Outcome:
     """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
 
     `start` are the parameters that every run starts from, None for fresh ones; a run that goes on from a checkpoint does not look at it.
     `placement` says where the training split lives: on the `device`, on the `host`, or `auto`; `learning_rate(step)` is for the record.
+    The `observer` is told what happens and changes nothing.
     """
+    observer = observer or tracking.Observer()
     images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
     resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
     own = sharding.own(recipe.mesh, plan.batch_size)
@@ -112,28 +126,37 @@ def train(
         ) as display:
 
             def validate() -> None:
-                predictions = predict(training.state.params, dataset.splits["val"])
+                predictions = predict(training.state.measured, dataset.splits["val"])
                 training.best = keep_best(training.best, training.state, evaluation.mean_losses(predictions), len(progress.rows) + 1)
                 progress.rows.append(epoch_row(training, predictions, dataset=dataset, plan=plan, learning_rate=learning_rate))
                 progress.losses = [[] for _ in recipe.seeds]
                 run_folder.write_metrics(progress.rows)
                 display.validated(progress.rows[-1]["val"]["loss"])
+                observer.validated(progress.rows[-1])
 
             try:
-                if len(progress.rows) < progress.chunk // plan.chunks_per_epoch:  # stopped in the validation of an epoch
+                in_validation = len(progress.rows) < progress.chunk // plan.chunks_per_epoch  # stopped in that of an epoch
+                observer.begun(plan.steps_before(progress.chunk) - in_validation)
+                if in_validation:
                     validate()
-                for chunk in pipeline.training_chunks(plan, recipe.seeds, start=progress.chunk, streamed=streamed, own=own):
+                chunks = pipeline.training_chunks(
+                    plan, recipe.seeds, start=progress.chunk, streamed=streamed, own=own, classes=labels[:, 0]
+                )
+                for chunk in () if progress.ended(plan, recipe.patience) else chunks:
                     signals.check()
                     if train_chunk is None:
                         train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident, batch_size=plan.batch_size)
                         progress.compile_seconds += seconds
-                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display)
+                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display, observer=observer)
                     if plan.ends_epoch(chunk.number):
                         validate()
                     if processes.most(time.monotonic() - saved_at >= checkpoint_seconds):
                         training.save(checkpoints)
                         saved_at = time.monotonic()
                     checkpoints.poll()
+                    if progress.ended(plan, recipe.patience):
+                        break
+                display.end(f"{label}: ended after epoch {len(progress.rows)}")
                 training.save(checkpoints)
                 checkpoints.finish()
                 return conclude(recipe, training, predict, dataset=dataset, note=display.note)
@@ -179,6 +202,7 @@ def advance(
     recipe: programs.Recipe,
     plan: pipeline.Plan,
     display: tracking.Progress,
+    observer: tracking.Observer,
 ) -> None:
     """Make a chunk's steps, and keep and show what came of them; a run that failed in it is named."""
     progress = training.progress
@@ -189,14 +213,14 @@ def advance(
     progress.chunk = chunk.number + 1
     progress.train_seconds += seconds
     progress.losses = [before + now for before, now in zip(progress.losses, losses.tolist(), strict=True)]
+    spent = progress.spent(recipe.patience)
     for run, failed_at in enumerate(np.asarray(training.state.failed_at)):
-        if failed_at != step.ALIVE and not progress.failed[run]:
+        if failed_at != step.ALIVE and not progress.failed[run] and not spent[run]:
             progress.failed[run] = True
             display.note(f"vitmed: seed {recipe.seeds[run]}: loss or gradient not finite at step {failed_at}; kept as it was before")
-    rate = chunk.num_examples / seconds
-    display.trained(
-        plan.steps_before(progress.chunk), epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1]
-    )
+    rate, steps = chunk.num_examples / seconds, plan.steps_before(progress.chunk)
+    display.trained(steps, epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1])
+    observer.trained(steps, losses=losses.mean(axis=1), images_per_second=rate)
 
 
 def _predict(program: Callable[..., Any], params: Any, split: sources.Split, **how: Any) -> evaluation.Predictions:
@@ -261,6 +285,7 @@ def conclude(
         for warning in warnings:
             note(f"vitmed: {name}: {warning}")
     return Outcome(
+        epochs=len(progress.rows),
         # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
         best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
         failed_seeds=[seed for seed, bad in zip(recipe.seeds, progress.failed, strict=True) if bad],

@@ -39,7 +39,8 @@ class Recipe:
     """What is trained and how: pure functions and plain values, nothing of files or configs.
 
     `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `mapped` takes the runs one
-    after another within the program instead of as one batched program. `micro_batch_size` is `step.train_step`'s.
+    after another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup` and `ema_decay` (0: there
+    is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s.
     """
 
     init: Callable[[jax.Array], Any]
@@ -52,12 +53,17 @@ class Recipe:
     mesh: jax.sharding.Mesh
     mapped: bool
     micro_batch_size: int | None = None
+    objective: tasks.Objective | None = None
+    mixup: float = 0.0
+    ema_decay: float = 0.0
+    patience: int = 0
 
     def create(self, seeds: jax.Array, start: Any = None) -> tuple[step.TrainState, step.Best]:
         """The state [R, ...] of seeds [R] before the first step, as a function to trace; `start`: parameters, the same for all runs."""
 
         def one(seed: jax.Array, start: Any) -> tuple[step.TrainState, step.Best]:
-            return step.create(self.init(jax.random.key(seed)) if start is None else start, self.optimizer)
+            params = self.init(jax.random.key(seed)) if start is None else start
+            return step.create(params, self.optimizer, averaged=self.ema_decay > 0)
 
         return step.over_runs(one, mapped=self.mapped, shared=(1,))(seeds, start)
 
@@ -96,6 +102,9 @@ def compile_chunk(
         optimizer=recipe.optimizer,
         augmentation=recipe.augmentation,
         micro_batch_size=recipe.micro_batch_size,
+        objective=recipe.objective,
+        mixup=recipe.mixup,
+        ema_decay=recipe.ema_decay,
     )
     make = step.make_chunk(train_step, mapped=recipe.mapped)
     state, _ = recipe.abstract
@@ -153,7 +162,7 @@ def whole(recipe: Recipe, arrays: Any) -> Any:
 def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarray, int], step.Best]:
     """The program (best, state, validation losses [R], epoch) -> best."""
     places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract[1])
-    runs = step.over_runs(step.keep_best, mapped=False, shared=(3,))
+    runs = step.over_runs(functools.partial(step.keep_best, patience=recipe.patience), mapped=False, shared=(3,))
     jitted = jax.jit(runs, out_shardings=places, donate_argnums=0)
     return lambda best, state, losses, epoch: jitted(best, state, np.asarray(losses, np.float32), np.int32(epoch))
 

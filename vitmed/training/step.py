@@ -28,6 +28,23 @@ class TrainState:
     opt_state: Any
     failed_at: jax.Array
 
+    @property
+    def measured(self) -> Any:
+        """The parameters that validation sees and that are kept as the best ones."""
+        return self.params
+
+
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """With an exponential moving average of the parameters; without one there is no such array, in memory or in a checkpoint."""
+
+    average: Any
+
+    @property
+    def measured(self) -> Any:
+        """The average."""
+        return self.average
+
 
 @flax.struct.dataclass
 class Best:
@@ -38,9 +55,11 @@ class Best:
     epoch: jax.Array
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> tuple[TrainState, Best]:
-    """State before the first step."""
+def create(params: Any, optimizer: optax.GradientTransformation, *, averaged: bool = False) -> tuple[TrainState, Best]:
+    """State before the first step; an average begins as the parameters themselves."""
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(ALIVE))
+    if averaged:
+        state = AveragedState(**vars(state), average=jax.tree.map(jnp.copy, params))
     return state, Best(jax.tree.map(jnp.copy, params), jnp.float32(jnp.inf), jnp.int32(0))
 
 
@@ -55,31 +74,46 @@ def train_step(
     optimizer: optax.GradientTransformation,
     augmentation: augment.Augmentation,
     micro_batch_size: int | None = None,
+    objective: tasks.Objective | None = None,
+    mixup: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> tuple[TrainState, jax.Array]:
     """One step of one run: batch {images uint8 [B, *S, C], labels [B, L], mask [B]} -> (state, loss).
 
     `micro_batch_size` images (a divisor of B; None: all) go through the model at a time, and their gradients are summed: less memory, and
-    where caches are small less time, for the same step.
+    where caches are small less time, for the same step. `objective` is what is minimised, None for the mean of the task's own loss; with
+    `mixup` (`augment.mix`'s alpha) its targets must be numbers. The average of an AveragedState becomes `ema_decay` times itself and the
+    rest of the new parameters.
 
     A loss or gradient that is not finite leaves the state as it was before, for good; the loss then reads NaN. So does a gradient whose
     squared norm overflows, as Adam's second moment would: an update from what is let through is finite, as long as epsilon is positive.
     """
-    augment_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    objective = objective or tasks.plain(task)
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    augment_key, drop_key = jax.random.split(step_key)
     images = prepare(batch["images"], augment=lambda values: augment.apply(augment_key, values, augmentation))
-    num_real = batch["mask"].sum()
+    targets = objective.targets(batch["labels"])
+    if mixup:
+        # 2: beside the two keys above, which are those of 0 and 1.
+        images, targets = augment.mix(jax.random.fold_in(step_key, 2), images, targets, batch["mask"], alpha=mixup)
+    total = objective.total(targets, batch["mask"])
 
     def loss_of(params: Any, part: dict[str, jax.Array], drop_key: jax.Array) -> jax.Array:
         logits = apply({"params": params}, part["images"], train=True, rngs={"drop_path": drop_key})
-        return tasks.masked_mean(task.loss(logits, part["labels"]), part["mask"], num_real)
+        return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total)
 
-    prepared = {**batch, "images": images}
+    prepared = {**batch, "images": images, "labels": targets}
     loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size)
     alive = state.failed_at == ALIVE
     good = alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
 
     def move(state: TrainState) -> TrainState:
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.failed_at)
+        params = optax.apply_updates(state.params, updates)
+        moved = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+        if isinstance(state, AveragedState):
+            moved = moved.replace(average=optax.incremental_update(params, state.average, 1 - ema_decay))
+        return moved
 
     def stay(state: TrainState) -> TrainState:
         return state.replace(failed_at=jnp.where(alive, state.step, state.failed_at))
@@ -120,10 +154,15 @@ def predict_step(
     return task.probabilities(logits), task.loss(logits, batch["labels"])
 
 
-def keep_best(best: Best, state: TrainState, loss: jax.Array, epoch: jax.Array) -> Best:
-    """The better of one run's best and its present parameters, by validation loss; a failed run keeps what it has."""
+def keep_best(best: Best, state: TrainState, loss: jax.Array, epoch: jax.Array, *, patience: int = 0) -> Best:
+    """The better of one run's best and its present parameters, by validation loss; a failed run keeps what it has.
+
+    So does one that had no better loss for `patience` epochs (0: of any number), so that how long other runs go on changes nothing for it.
+    """
     better = (loss < best.loss) & (state.failed_at == ALIVE)
-    return jax.tree.map(lambda new, old: jnp.where(better, new, old), Best(state.params, loss, epoch), best)
+    if patience:
+        better &= epoch - 1 - best.epoch < patience
+    return jax.tree.map(lambda new, old: jnp.where(better, new, old), Best(state.measured, loss, epoch), best)
 
 
 def over_runs(function: Callable[..., Any], *, mapped: bool, shared: tuple[int, ...] = ()) -> Callable[..., Any]:

@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -15,6 +16,28 @@ SECONDS_BETWEEN_LINES = 10.0
 def losses_text(losses: Sequence[float | None]) -> str:
     """Losses of all runs in few characters; a dash for a run that failed."""
     return " ".join("-" if loss is None or math.isnan(loss) else f"{loss:.3f}" for loss in losses)
+
+
+class Observer:
+    """What the loop tells whoever follows a run; this one listens to nothing. A context manager around the run."""
+
+    def __enter__(self) -> "Observer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """The run has ended, or is to be continued."""
+
+    def begun(self, step: int) -> None:
+        """The run begins, or goes on: all up to this step has been told before."""
+
+    def trained(self, step: int, *, losses: Sequence[float], images_per_second: float) -> None:
+        """A chunk ended with this step; the mean losses of its steps, one for each run."""
+
+    def validated(self, row: Mapping[str, Any]) -> None:
+        """An epoch ended with this line of metrics.jsonl."""
+
+    def finished(self, test: Mapping[str, Sequence[float | None]], show: Callable[[], Any]) -> None:
+        """The run is done: its test metrics, a value for each run, and what makes tables and figures of it."""
 
 
 class Progress:
@@ -53,6 +76,14 @@ class Progress:
         self._done = steps
         detail = f"epoch {epoch}  {images_per_second:.0f} images/s  loss {losses_text(losses)}{self._val}"
         self._show(detail, last=steps == self._total)
+
+    def end(self, text: str) -> None:
+        """No steps follow; where not all have been made, the bar is full all the same and `text` says it."""
+        if self._done < self._total:
+            self._total = self._done
+            if self._bar is not None:
+                self._bar.update(self._task, total=self._total)
+            self.note(text)
 
     def validated(self, losses: Sequence[float | None]) -> None:
         """The validation losses [R] of the epoch just ended; shown from the next line on."""

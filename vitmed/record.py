@@ -1,0 +1,86 @@
+"""What a finished training leaves in its folder: predictions, weights, calibration, and the record of it all, result.json."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from vitmed import planning
+from vitmed.data import sources
+from vitmed.models import exported
+from vitmed.runs import folder, machine
+from vitmed.study import operating
+from vitmed.training import loop
+
+
+def leave(
+    experiment: planning.Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, outcome: loop.Outcome
+) -> dict[str, Any]:
+    """Write all of it, result.json last, which then says that the rest is there; return what that says."""
+    for split, predictions in outcome.predictions.items():
+        labels = dataset.splits[split].labels
+        run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
+    write_weights(experiment, run_folder, outcome)
+    task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
+    run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
+    said = result(experiment, dataset, outcome)
+    run_folder.write_result(said)
+    return said
+
+
+def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
+    """What result.json says of a finished run."""
+    config, description, network = experiment.config, experiment.description, experiment.network
+    examples = len(dataset.splits["train"].labels)
+    num_params = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
+    return {
+        "schema_version": folder.SCHEMA_VERSION,
+        "dataset": description.name,
+        "data_md5": dataset.md5,
+        "task": description.task,
+        "image_size": experiment.image_size,
+        "patch_size": experiment.patch_size,
+        "variant": config.model.variant,
+        "pretrained": config.model.pretrained or None,
+        "normalisation": {"mean": network.mean, "std": network.std},
+        "seeds": experiment.seeds,
+        "failed_seeds": outcome.failed_seeds,
+        "num_tokens": experiment.num_tokens,
+        "num_params": num_params,
+        "num_trainable_params": num_params,
+        "gmacs_forward": experiment.gmacs_forward,
+        **{split: outcome.measured[split] for split in ("test", "val")},
+        "best_epoch": outcome.best_epoch,
+        "train_seconds": outcome.train_seconds,
+        "compile_seconds": outcome.compile_seconds,
+        "train_images_per_second": examples * outcome.epochs * len(experiment.seeds) / outcome.train_seconds,
+        "test_milliseconds_per_image": 1e3 * outcome.test_seconds / (len(dataset.splits["test"].labels) * len(experiment.seeds)),
+        "peak_memory_bytes": machine.peak_memory_bytes(experiment.mesh.devices.flat),
+        "device": machine.device_name(experiment.mesh.devices.flat),
+        "versions": machine.versions(),
+        "config_digest": folder.digest(config.to_dict()),
+    }
+
+
+def write_weights(experiment: planning.Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:
+    """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
+    for index, seed in enumerate(experiment.seeds):
+        if seed not in outcome.failed_seeds:
+            packed = exported.pack(
+                jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
+                architecture=experiment.network.architecture,
+                **dataclasses.asdict(experiment.geometry),
+                mean=experiment.network.mean,
+                std=experiment.network.std,
+                seed=seed,
+                val_loss=outcome.measured["val"]["loss"][index],
+            )
+            run_folder.write_weights(seed, packed)
+
+
+def shown(run_folder: folder.RunFolder) -> tuple[Any, Any]:
+    """A finished run's tables and figures; what draws them is imported only where somebody looks."""
+    from vitmed.study import outline
+
+    return outline.of_run(run_folder.path)
