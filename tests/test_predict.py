@@ -216,6 +216,7 @@ def test_what_breaks_off_leaves_no_file(run, test_split, tmp_path, monkeypatch):
     ("argv", "words"),
     [
         (["--input=nowhere"], "nowhere: no such file or folder"),
+        (["--input="], "--input=: must be a file, a folder or a CSV"),
         (["--input={tmp}/empty"], "no image or volume in this folder"),
         (["--input={tmp}/list.csv"], "no column path"),
         (["--out={tmp}/none/out.csv"], "not a file in an existing folder"),

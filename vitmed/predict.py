@@ -33,6 +33,7 @@ column `path`. A file that cannot be read is named and gets a row that says why.
 
 exit status: 0 done; 1 done, but some files could not be read or some seeds had failed, or trouble of the machine; 2 wrong input"""
 
+LONGEST_NAME = 60  # characters of a file's name that its picture is called by
 POSITIVE = {"positive_at_95_specificity": "specificity_95", "positive_at_youden": "youden"}  # columns of binary tasks, by operating point
 
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     method = "" if flags.explain is None else config_lib.one_of("--explain", flags.explain, explain.METHODS)
     batch_size = 0 if flags.batch_size == "auto" else config_lib.parse("--batch_size", flags.batch_size, 1)
     config_lib.require(flags.batch_size == "auto" or batch_size >= 1, "--batch_size", flags.batch_size, "auto, or positive")
+    config_lib.require(bool(flags.input), "--input", flags.input, "a file, a folder or a CSV")
     out, source = cli.file_to_write("--out", flags.out), listing.existing(pathlib.Path(flags.input))
     pictures = out.with_name(f"{out.name.removesuffix('.csv')}_heatmaps")
     if method:
@@ -165,7 +167,7 @@ def _line(cells: Sequence[str]) -> bytes:
 
 def draw(ensemble: inference.Ensemble, file: streaming.Prepared, heat: Sequence[np.ndarray], pictures: pathlib.Path, *, number: int) -> str:
     """Draw a file's heat, and of a volume write it as NIfTI too; the picture's name, which begins with the number of the file's row."""
-    stem = f"{number + 1:06d}_{file.entry.path.name.split('.')[0] or 'image'}"
+    stem = f"{number + 1:06d}_{file.entry.path.name.split('.')[0][:LONGEST_NAME] or 'image'}"
     image = file.images[0]
     places = heatmaps.in_file(heatmaps.centres(image.shape[:-1]), file.resampled[0], image.shape[:-1])
     on_image = ensemble.spread(heat, file, places)
