@@ -62,14 +62,13 @@ def heads(x):
     return x.reshape(*x.shape[:2], 3, -1).swapaxes(1, 2)
 
 
-def in_numpy(model, params, tokens, added=None):
+def in_numpy(model, params, tokens):
     """(logits [B, K], all weights [B, H, N, N] of every block and [B, H, 1, patches] of map pooling) of embedded tokens, in float64."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     kept = []
 
     def attend(q, k, v):
         weights = special.softmax(heads(q) @ heads(k).swapaxes(-1, -2) / np.sqrt(q.shape[-1] // 3), axis=-1)
-        weights = weights + (0 if added is None else added[len(kept)])
         kept.append(weights)
         return (weights @ heads(v)).swapaxes(1, 2).reshape(len(q), -1, q.shape[-1])
 
@@ -109,12 +108,12 @@ def embedded(model, params, images):
     return quick_jit(tokens_of)(params, images)
 
 
-def looked_at(model, weights, combine):
-    """[B, N]: each token's share in what is classified; of map pooling what `combine` makes of its query's weights."""
+def looked_at(model, weights):
+    """[B, N]: each token's share in what is classified."""
     num_tokens, prefix = weights[0].shape[-1], model.num_prefix_tokens
     share = np.zeros((2, num_tokens))
     if model.pooling == "map":
-        share[:, prefix:] = combine(weights[-1], -1)[:, 0]
+        share[:, prefix:] = weights[-1].mean(axis=1)[:, 0]
     elif model.pooling == "mean":
         share[:, prefix:] = 1 / (num_tokens - prefix)
     else:
@@ -143,7 +142,7 @@ def test_attention_and_rollout_are_products_of_whole_matrices(form):
     model, params, images = made(form, SIZES[1])
     _, weights = in_numpy(model, params, embedded(model, params, images))
     blocks = [each.mean(axis=1) for each in weights[: model.depth]]
-    share = looked_at(model, weights, lambda pool, _: pool.mean(axis=1))
+    share = looked_at(model, weights)
     expected = share if model.pooling == "map" else np.einsum("bm,bmn->bn", share, blocks[-1])
     prefix = model.num_prefix_tokens
     np.testing.assert_allclose(compiled(explain.attention, model, params, images).reshape(2, -1), expected[:, prefix:], atol=1e-6)
@@ -155,34 +154,24 @@ def test_attention_and_rollout_are_products_of_whole_matrices(form):
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[3], FORMS[5], FORMS[6]])
-def test_gradient_is_that_of_finite_differences(form):
+def test_gradient_is_what_the_logit_loses_by_finite_differences(form):
     model, params, images = made(form, SIZES[0])
-    tokens = embedded(model, params, images)
-    logits, weights = in_numpy(model, params, tokens)
+    tokens = np.asarray(embedded(model, params, images), np.float64)
+    logits = in_numpy(model, params, tokens)[0]
     classes = np.array([3, 1])
     assert not np.array_equal(classes, logits.argmax(axis=1))
-
-    def derivatives(classes):
-        found = [np.zeros_like(each) for each in weights]
-        for layer, of_layer in enumerate(found):
-            for place in np.ndindex(of_layer.shape[1:]):  # both images at once
-                step = [np.zeros_like(each) for each in weights]
-                step[layer][:, *place] = 1e-5
-                ends = [in_numpy(model, params, tokens, [sign * each for each in step])[0][range(2), classes] for sign in (1, -1)]
-                of_layer[:, *place] = (ends[0] - ends[1]) / 2e-5
-        return found
-
     for given in (classes, None):
-        by = derivatives(logits.argmax(axis=1) if given is None else given)
-        share = looked_at(model, weights, lambda pool, layer, by=by: np.maximum(pool * by[layer], 0).mean(axis=1))
-        relevance = np.eye(weights[0].shape[-1])
-        for block, derivative in zip(weights[: model.depth], by, strict=False):
-            relevance = relevance + np.maximum(block * derivative, 0).mean(axis=1) @ relevance
-        if model.pooling != "map":
-            relevance = relevance - np.eye(relevance.shape[-1])
-        expected = np.einsum("bm,bmn->bn", share, relevance)[:, model.num_prefix_tokens :]
+        wanted = logits.argmax(axis=1) if given is None else given
+        expected = []
+        for place in range(model.num_prefix_tokens, tokens.shape[1]):
+            ends = []
+            for step in (1e-4, -1e-4):
+                scaled = tokens.copy()
+                scaled[:, place] *= 1 + step
+                ends.append(in_numpy(model, params, scaled)[0][range(2), wanted])
+            expected.append(np.abs(ends[0] - ends[1]) / 2e-4)
         found = compiled(explain.gradient, model, params, images, given).reshape(2, -1)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max())
+        np.testing.assert_allclose(found, np.transpose(expected), rtol=2e-3, atol=1e-3 * np.max(expected))
 
 
 @pytest.mark.parametrize(("form", "size"), [(FORMS[1], SIZES[1]), (FORMS[3], SIZES[2]), (FORMS[5], SIZES[1]), (FORMS[6], SIZES[2])])
@@ -266,6 +255,6 @@ def test_so_it_does_in_volumes(tmp_path, monkeypatch):
     test, images, model, params, fresh = trained(tmp_path, "phantom3d", 7, **fields)
     ill = test.labels[:, 0] == 1
     found = factors(model, params, fresh, images[ill], test.masks[ill], 7)
-    for method, least in (("attention", 8.0), ("rollout", 2.5), ("gradient", 8.0)):
+    for method, least in (("attention", 8.0), ("rollout", 2.5), ("gradient", 2.5)):
         assert found[method][0] > least, found
         assert found[method][1] < 1.05, found

@@ -1,6 +1,7 @@
 """Files predicted by runs that are finished: the run's own numbers again, whatever else lies in the folder, and nothing half written."""
 
 import csv
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitmed import cli, evaluate, inference, main, predict
+from vitmed import cli, evaluate, experiment, external, inference, main, predict
 from vitmed import config as config_lib
 from vitmed.data import listing, preparation, sources, streaming
-from vitmed.models import explain
 from vitmed.runs import folder, guard
+from vitmed.study import operating
 from vitmed.training import augment
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -78,6 +79,14 @@ def test_the_predictions_are_the_runs_own(run, test_split, tmp_path):
     np.testing.assert_allclose([float(row["sd_specks"]) for row in rows], spread, atol=2e-6)
     assert [row["label"] for row in rows] == [("blob", "specks")[each] for each in stored.mean(axis=0).argmax(axis=1)]
     assert {row["error"] for row in rows} == {""}
+    record = folder.RunFolder(run).read_calibration()
+    calibrated = operating.apply(record, stored).ensemble
+    np.testing.assert_allclose([float(row["calibrated_specks"]) for row in rows], calibrated[:, 1], atol=4e-6)
+    for column, rule in predict.POSITIVE.items():
+        threshold = record["ensemble"]["classes"][0][rule]["threshold"]
+        clear = np.abs(calibrated[:, 1] - threshold) > 1e-5
+        decided = np.array([int(row[column]) for row in rows])
+        assert (decided == (calibrated[:, 1] >= threshold))[clear].all()
 
 
 def test_an_ensemble_counts_every_member_alike_and_draws_one_heat_of_several_grids(run, other, test_split, tmp_path):
@@ -91,6 +100,7 @@ def test_an_ensemble_counts_every_member_alike_and_draws_one_heat_of_several_gri
     runs = [inference.open_run(path) for path in (run, other)]
     ensemble = inference.Ensemble(runs, batch_size=3, method="gradient")
     files = list(streaming.stream(listing.find(images, 2), ensemble.hows, ensemble.shapes, ahead=3))
+    assert not any(name.startswith(("calibrated", "positive")) for name in rows[0])  # no one fitted them to both
     (first, *_), places = ensemble.heat(files, stored.mean(axis=0).argmax(axis=1)), [(np.arange(28) + 0.5) / 28] * 2
     assert [heat.shape for heat in first] == [(2, 2), (4, 1)]
     of_runs = [np.kron(heat, np.ones(shape)) / heat.mean() for heat, shape in zip(first, ((14, 14), (7, 28)), strict=True)]
@@ -206,6 +216,7 @@ def test_what_breaks_off_leaves_no_file(run, test_split, tmp_path, monkeypatch):
     ("argv", "words"),
     [
         (["--input=nowhere"], "nowhere: no such file or folder"),
+        (["--input="], "--input=: must be a file, a folder or a CSV"),
         (["--input={tmp}/empty"], "no image or volume in this folder"),
         (["--input={tmp}/list.csv"], "no column path"),
         (["--out={tmp}/none/out.csv"], "not a file in an existing folder"),
@@ -282,5 +293,9 @@ def test_a_set_of_another_task_or_classes_is_no_external_validation(run, tmp_pat
     assert not (tmp_path / "out.json").exists()
 
 
-def test_every_method_is_offered():
-    assert all(method in predict.make_parser().format_help() for method in explain.METHODS)
+def test_labels_of_a_named_set_are_those_of_the_runs_classes_whatever_their_order(test_split):
+    planned = experiment.plan(config_lib.load(f"{QUICKSTART}:patch=14"))
+    turned = dataclasses.replace(planned, description=dataclasses.replace(planned.description, class_names=("specks", "cyst", "blob")))
+    found = external.load("phantom2d", turned, root="")
+    np.testing.assert_array_equal(found.splits["test"].labels, 2 - 2 * test_split.labels)
+    assert found.description.class_names == ("specks", "cyst", "blob")

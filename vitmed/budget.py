@@ -15,7 +15,6 @@ from vitmed.training import loop, programs, sharding
 # while it is written.
 PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
 LARGEST_BATCH = {"cpu": 32, "other": 256}  # of a prediction: beyond it nothing is gained
-EXPLAINED_COPIES = 5  # of all blocks' attention weights: themselves, what is added to them, derivatives, and what comes of these
 COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters; and their average where there is one
 
 
@@ -97,17 +96,22 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     return cost.Memory(least, likely)
 
 
-def prediction_batch_size(planned: planning.Experiment, device: machine.Device, *, members: int, explained: bool) -> int:
+def prediction_batch_size(planned: planning.Experiment, device: machine.Device, *, members: int, method: str = "") -> int:
     """Images that a prediction by so many members takes at a time: a power of two within LARGEST_BATCH, likely to fit half of the device.
 
-    `explained`: where the attention weights of every block, their derivatives and their sums are kept as well. InputError where not even
-    one image is likely to fit.
+    `method`: one of `explain.METHODS` where heat is wanted. InputError where not even one image is likely to fit.
     """
     architecture, at_once = planned.network.architecture, 1 if device.platform == "cpu" else members
     each = cost.prediction_memory(planned.num_tokens, architecture.width, _scores(planned, device, 1))
-    if explained:
-        scores = architecture.depth * architecture.num_heads * planned.num_tokens**2
-        each += EXPLAINED_COPIES * scores * cost.BYTES_OF_A_SCORE
+    weights = architecture.num_heads * planned.num_tokens**2 * cost.BYTES_OF_A_SCORE  # of one block
+    if method == "attention":
+        each += 2 * weights
+    elif method == "rollout":
+        each += 2 * weights * architecture.depth
+    elif method == "gradient":  # a backward pass, as `cost.training_memory` counts it
+        keeps = planned.attention_form(device.platform) == "plain"
+        inside = 8 * architecture.width + 2 * architecture.mlp_width
+        each += 2 * cost.BYTES_OF_A_PARAMETER * architecture.depth * planned.num_tokens * inside + 3 * weights * architecture.depth * keeps
     each = at_once * each + _image_bytes(planned)
     most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
     if device.memory_bytes is None:
@@ -116,7 +120,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     room = device.memory_bytes / 2 - state
     if each > room:
         shown = f"{each / 1e9:,.1f} GB with {planned.num_tokens:,} tokens, and {device.name} has {max(room, 0) / 1e9:,.1f} GB for it"
-        mend = "take --explain=attention, or a larger patch" if explained else "take a larger patch"
+        mend = "take --explain=gradient, or none" if method else "predict on a device with more memory"
         raise config_lib.InputError(f"a single image is likely to take {shown}; {mend}")
     return min(most, 2 ** int(math.log2(room / each)))
 

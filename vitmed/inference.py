@@ -20,7 +20,7 @@ from vitmed import fields as fields_lib
 from vitmed.data import preparation, streaming
 from vitmed.models import explain
 from vitmed.runs import checkpoint, folder, machine
-from vitmed.study import heatmaps
+from vitmed.study import heatmaps, operating
 from vitmed.training import augment, loop, programs, step
 
 Prediction = Callable[[np.ndarray], np.ndarray]
@@ -52,6 +52,20 @@ class Restored:
         """The parameters [R, ...] of the seeds that have not failed."""
         alive = np.array([index for index, bad in enumerate(self.progress.failed) if not bad])
         return jax.tree.map(lambda leaf: leaf[alive], self.params)
+
+    @functools.cached_property
+    def calibration(self) -> dict[str, Any] | None:
+        """Temperatures and operating points as `operating.of_run` gives them; None of a run that is not finished. InputError."""
+        run_folder = folder.RunFolder(self.path)
+        if run_folder.read_result() is None:
+            return None
+        return operating.of_run(run_folder, task=self.planned.description.task, seeds=self.planned.seeds)
+
+    def calibrated(self, probabilities: np.ndarray) -> np.ndarray:
+        """Those of the members float32 [R, N, K] -> of their ensemble, calibrated, float64 [N, K]."""
+        everyone = np.full((len(self.planned.seeds), *probabilities.shape[1:]), np.nan)
+        everyone[~np.array(self.progress.failed)] = probabilities
+        return operating.apply(self.calibration, everyone).ensemble
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,7 +181,8 @@ def _filled(array: np.ndarray, batch_size: int) -> np.ndarray:
 class Ensemble:
     """Runs as one: every member of every run counts alike. `method`: one of `explain.METHODS` where heat is wanted, else empty.
 
-    `batch_size` 0 is what suits the device. `hows` are the preparations that the runs need of a file and `shapes` [*S, C] what these make.
+    `batch_size` 0 is what suits the device. `calibrated_by` is the run whose calibration holds for the ensemble, or None. `hows` are the
+    preparations that the runs need of a file and `shapes` [*S, C] what these make.
     """
 
     def __init__(self, runs: Sequence[Restored], *, batch_size: int = 0, tta: str = "none", method: str = ""):
@@ -176,9 +191,11 @@ class Ensemble:
         self.hows: tuple[preparation.Preparation, ...] = tuple(found)
         self.shapes = tuple(found.values())
         self._which = [self.hows.index(run.planned.preparation) for run in runs]
-        device, explained = machine.device(), method not in ("", "attention")
+        # What was fitted to one run's probabilities says nothing of several runs' mean, nor of a mean over views.
+        self.calibrated_by = runs[0] if len(runs) == 1 and tta == "none" and runs[0].calibration else None
+        device = machine.device()
         self.batch_size = batch_size or min(
-            budget.prediction_batch_size(run.planned, device, members=len(run.seeds), explained=explained) for run in runs
+            budget.prediction_batch_size(run.planned, device, members=len(run.seeds), method=method) for run in runs
         )
         self._predictors = [predictor(run, batch_size=self.batch_size, tta=tta) for run in runs]
         self._explainers = [explainer(run, method=method, batch_size=self.batch_size) for run in runs] if method else []

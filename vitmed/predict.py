@@ -20,7 +20,7 @@ from vitmed.data import folder as own_data
 from vitmed.data import listing, streaming
 from vitmed.models import explain
 from vitmed.runs import files, guard, machine
-from vitmed.study import heatmaps
+from vitmed.study import heatmaps, operating
 from vitmed.training import augment
 
 EXAMPLES = """examples:
@@ -32,6 +32,9 @@ EXAMPLES = """examples:
 column `path`. A file that cannot be read is named and gets a row that says why.
 
 exit status: 0 done; 1 done, but some files could not be read or some seeds had failed, or trouble of the machine; 2 wrong input"""
+
+LONGEST_NAME = 60  # characters of a file's name that its picture is called by
+POSITIVE = {"positive_at_95_specificity": "specificity_95", "positive_at_youden": "youden"}  # columns of binary tasks, by operating point
 
 
 def make_parser() -> cli.Parser:
@@ -55,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     method = "" if flags.explain is None else config_lib.one_of("--explain", flags.explain, explain.METHODS)
     batch_size = 0 if flags.batch_size == "auto" else config_lib.parse("--batch_size", flags.batch_size, 1)
     config_lib.require(flags.batch_size == "auto" or batch_size >= 1, "--batch_size", flags.batch_size, "auto, or positive")
+    config_lib.require(bool(flags.input), "--input", flags.input, "a file, a folder or a CSV")
     out, source = cli.file_to_write("--out", flags.out), listing.existing(pathlib.Path(flags.input))
     pictures = out.with_name(f"{out.name.removesuffix('.csv')}_heatmaps")
     if method:
@@ -120,22 +124,34 @@ class Table:
     def __init__(self, ensemble: inference.Ensemble, *, explained: bool):
         description = ensemble.runs[0].planned.description
         self._task, self._names, self._explained = description.task, description.class_names, explained
+        self._run = ensemble.calibrated_by
+        self._rules = POSITIVE if self._run is not None and self._task == "binary" else {}
 
     def header(self) -> bytes:
         """The columns' names."""
         probabilities, spreads = ([f"{what}_{name}" for name in self._names] for what in ("probability", "sd"))
-        return _line(["path", "label", *probabilities, *spreads, *(["heatmap"] if self._explained else []), "error"])
+        calibrated = [f"calibrated_{name}" for name in self._names] if self._run is not None else []
+        heatmap = ["heatmap"] if self._explained else []
+        return _line(["path", "label", *probabilities, *spreads, *calibrated, *self._rules, *heatmap, "error"])
 
     def row(self, file: streaming.Prepared, probabilities: np.ndarray | None, heatmap: str) -> bytes:
         """One file: what its members say, [members, K], or nothing but its fault."""
         numbers = [""] * 2 * len(self._names)
-        label = ""
+        label, decided = "", [""] * (len(self._names) * (self._run is not None) + len(self._rules))
         if probabilities is not None:
             mean = probabilities.mean(axis=0, dtype=np.float64)
             alone = len(probabilities) == 1  # one member alone does not tell how members differ
             spread = [""] * len(mean) if alone else [f"{value:.6g}" for value in probabilities.std(axis=0, ddof=1, dtype=np.float64)]
             numbers, label = [*(f"{value:.6g}" for value in mean), *spread], self._label(mean)
-        return _line([file.entry.name, label, *numbers, *([heatmap] if self._explained else []), file.fault])
+            if self._run is not None:
+                decided = self._decided(probabilities)
+        return _line([file.entry.name, label, *numbers, *decided, *([heatmap] if self._explained else []), file.fault])
+
+    def _decided(self, probabilities: np.ndarray) -> list[str]:
+        """Calibrated probabilities, and of binary tasks 0 or 1 by each rule, empty where validation gave no threshold."""
+        calibrated = self._run.calibrated(probabilities[:, None])
+        found = [operating.decide(self._run.calibration, calibrated, rule=rule).item() for rule in self._rules.values()]
+        return [*(f"{value:.6g}" for value in calibrated[0]), *("" if one == operating.UNDECIDED else str(one) for one in found)]
 
     def _label(self, mean: np.ndarray) -> str:
         if self._task == "multi-label":
@@ -151,7 +167,7 @@ def _line(cells: Sequence[str]) -> bytes:
 
 def draw(ensemble: inference.Ensemble, file: streaming.Prepared, heat: Sequence[np.ndarray], pictures: pathlib.Path, *, number: int) -> str:
     """Draw a file's heat, and of a volume write it as NIfTI too; the picture's name, which begins with the number of the file's row."""
-    stem = f"{number + 1:06d}_{file.entry.path.name.split('.')[0] or 'image'}"
+    stem = f"{number + 1:06d}_{file.entry.path.name.split('.')[0][:LONGEST_NAME] or 'image'}"
     image = file.images[0]
     places = heatmaps.in_file(heatmaps.centres(image.shape[:-1]), file.resampled[0], image.shape[:-1])
     on_image = ensemble.spread(heat, file, places)
