@@ -79,7 +79,7 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
         spacing=data.spacing,
         window=data.window,
         task=data.task,
-        classes=data.classes,
+        classes=tuple(name.strip() for name in data.classes.split(",")) if data.classes else (),
         shares=data.shares,
         split_seed=data.split_seed,
         folds=data.folds,

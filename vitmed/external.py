@@ -28,7 +28,7 @@ def _own(name: str, planned: planning.Experiment) -> sources.Dataset:
         spacing=config.data.spacing,
         window=config.data.window,
         task=trained.task,
-        classes=",".join(trained.class_names),
+        classes=trained.class_names,
         cache=config.data.cache,
     )
     # With data.size=0 a run takes images of the shape that its own had.

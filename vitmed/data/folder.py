@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Settings:
     spacing: tuple[float, ...] = (0.0,)
     window: str = "auto"
     task: str = "auto"
-    classes: str = ""
+    classes: tuple[str, ...] = ()
     shares: tuple[float, ...] = (0.7, 0.1, 0.2)
     split_seed: int = 0
     folds: int = 0
@@ -48,6 +49,7 @@ class Inventory:
     task: str
     class_names: tuple[str, ...]
     skipped: dict[str, int]
+    unused: tuple[str, ...]
 
     @property
     def labels(self) -> np.ndarray:
@@ -84,9 +86,13 @@ def inventory(name: str, settings: Settings, *, root: str = "", whole: bool = Fa
     found = listing.labelled(path, settings.rank)
     entries, where = found.entries, str(path)
     task, class_names = _classes(entries, settings, where)
-    classes = [entry.label for entry in entries]
+    classes = [JOINT.join(sorted(parts(entry.label))) if task == "multi-label" else entry.label for entry in entries]
     groups = [entry.group if entry.group is not None else f"file {entry.name}" for entry in entries]
-    if entries[0].split is not None and not settings.folds:
+    if entries[0].split is not None and settings.folds:
+        raise config.InputError(
+            f"data.folds={settings.folds}: {where} names splits of its own; take that column out, or set data.folds to 0"
+        )
+    if entries[0].split is not None:
         of_each = splits.named([entry.split for entry in entries], where)
         if entries[0].group is not None:
             splits.check_groups(of_each, groups, where)
@@ -97,7 +103,7 @@ def inventory(name: str, settings: Settings, *, root: str = "", whole: bool = Fa
     else:
         how = {"shares": settings.shares, "seed": settings.split_seed, "folds": settings.folds, "fold": settings.fold}
         of_each = splits.drawn(classes, groups, **how)
-    made = Inventory(where, entries, tuple(of_each), task, class_names, found.skipped)
+    made = Inventory(where, entries, tuple(of_each), task, class_names, found.skipped, found.unused)
     if not whole:
         _check_splits(made)
     return made
@@ -107,14 +113,14 @@ def _classes(entries: Sequence[listing.Entry], settings: Settings, where: str) -
     """(task, class names): as the labels say, in the order of `data.classes` or of their names, numbers by size."""
     multi = settings.task == "multi-label" or (settings.task == "auto" and any(JOINT in entry.label for entry in entries))
     there = {name for entry in entries for name in (parts(entry.label) if multi else [entry.label])}
-    numbers = all(name.lstrip("-").isdigit() for name in there)
-    names = tuple(sorted(there, key=int if numbers else None))
+    numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in there)
+    names = tuple(sorted(there, key=(lambda name: (int(name), name)) if numbers else None))
     if settings.classes:
-        names = tuple(part.strip() for part in settings.classes.split(","))
+        names = settings.classes
         unknown = sorted(there - set(names))
         if unknown or len(set(names)) != len(names):
             fault = f"{where} has the labels {', '.join(unknown)} besides" if unknown else "a class is named twice"
-            raise config.InputError(f"data.classes={settings.classes}: {fault}; name every class once")
+            raise config.InputError(f"data.classes={','.join(names)}: {fault}; name every class once")
     if len(names) < (1 if multi else 2):
         raise config.InputError(f"{where}: all labels are {', '.join(names) or NONE}; at least two classes are needed")
     task = settings.task if settings.task != "auto" else "multi-label" if multi else "binary" if len(names) == 2 else "multi-class"
@@ -213,6 +219,10 @@ def words(made: Inventory, report: prepared.Report) -> str:
         lines.append(f"  {split:<5} {len(made.of_split(split)):>6}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     if any(entry.group is not None for entry in made.entries):
         lines.append(f"  groups {len({entry.group for entry in made.entries})}, none in two splits")
+    else:
+        lines.append("  no column `group`: every file counts as a patient of its own")
+    if made.unused:
+        lines.append(f"  columns not used: {', '.join(made.unused)}"[:300])
     for what, counts in (("stored shapes", report.shapes), ("spacings in mm", report.spacings)):
         shown = [f"{text} ({count})" for text, count in list(counts.items())[: listing.SHOWN]]
         more = [f"and {len(counts) - listing.SHOWN} others"] if len(counts) > listing.SHOWN else []
@@ -226,6 +236,8 @@ def words(made: Inventory, report: prepared.Report) -> str:
         lines.append(
             f"  {len(report.copies)} files are copies of others{example}; {len(torn)} of them are in another split than their twin"
         )
+    if report.flat:
+        lines.append(f"  of {report.flat} images one value is left everywhere: look at data.window")
     if report.lost_masks:
         lines.append(f"  of {report.lost_masks} masks nothing is left at this size: too small for its voxels")
     return "\n".join(lines)

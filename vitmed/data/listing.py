@@ -9,12 +9,14 @@ import csv
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from vitmed import config
 from vitmed.data import dicom, volumes
 
 TABLE = "labels.csv"
+LIKE_GROUP = ("groups", "patient", "patients", "patient_id", "patientid", "subject", "subject_id", "subjectid", "case_id")
+LIKE_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 COLUMNS = ("path", "label", "split", "group", "mask")
 SHOWN = 5  # of the files at fault, in an error
 
@@ -33,10 +35,11 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The examples of a set, and how many files were passed over, by reason."""
+    """The examples of a set, how many files were passed over, by reason, and the columns of its table that nothing is read from."""
 
     entries: tuple[Entry, ...]
     skipped: dict[str, int]
+    unused: tuple[str, ...] = ()
 
 
 def is_image(path: pathlib.Path) -> bool:
@@ -78,16 +81,23 @@ def labelled(path: pathlib.Path, rank: int) -> Listing:
     path = existing(path)
     table = path / TABLE if path.is_dir() else path
     if table.is_file() and (path.is_dir() or volumes.suffix(path) == ".csv"):
-        return Listing(tuple(of_table(table, labelled=True)), {})
+        entries = tuple(of_table(table, labelled=True))
+        return Listing(entries, _unlisted(path, rank, entries) if path.is_dir() else {}, _unused(table))
     if not path.is_dir():
         raise config.InputError(f"{path}: neither a CSV nor a folder; write a CSV with the columns path,label")
     skipped: collections.Counter[str] = collections.Counter()
     entries = []
+    folders = [folder.name for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    if folders and all(name.lower() in LIKE_SPLITS for name in folders):
+        raise config.InputError(
+            f"{path}: its folders {', '.join(sorted(folders))} are named as splits, and each would be a class; "
+            f"write {TABLE} with the columns path,label,split"
+        )
     for folder in sorted(path.iterdir()):
         if folder.name.startswith("."):
             continue
         if not folder.is_dir():
-            skipped[f"beside the folders of the classes: {folder.name}" if is_image(folder) else "no image by its name"] += 1
+            skipped["images beside the folders of the classes" if is_image(folder) else "no image by its name"] += 1
             continue
         found = [dataclasses.replace(entry, name=str(entry.path.relative_to(path))) for entry in below(folder, rank, skipped)]
         entries += [dataclasses.replace(entry, label=folder.name) for entry in found]
@@ -96,13 +106,28 @@ def labelled(path: pathlib.Path, rank: int) -> Listing:
     return Listing(tuple(entries), dict(skipped))
 
 
+def _unlisted(path: pathlib.Path, rank: int, entries: Iterable[Entry]) -> dict[str, int]:
+    """How many images lie in a folder of which its table says nothing."""
+    known = {os.path.realpath(file) for entry in entries for file in (entry.path, entry.mask) if file is not None}
+    skipped: collections.Counter[str] = collections.Counter()
+    skipped[f"images that {TABLE} does not list"] = sum(
+        os.path.realpath(entry.path) not in known and os.path.realpath(entry.path.parent) not in known
+        for entry in below(path, rank, collections.Counter())
+    )
+    return dict(skipped)
+
+
 def below(folder: pathlib.Path, rank: int, skipped: collections.Counter[str]) -> Iterator[Entry]:
     """Every image file below a folder, in the order of their names; in 3D a folder of DICOM slices as one."""
-    seen = {os.path.realpath(folder)}  # a link may lead back up
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders) if not name.startswith(".")}
-        folders[:] = [name for name, path in real.items() if path not in seen]
-        seen.update(real.values())
+    seen = {os.path.realpath(folder)}  # a link may lead back up, or two to the same
+
+    def is_new(path: str) -> bool:
+        before = len(seen)
+        seen.add(os.path.realpath(path))
+        return len(seen) > before
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_closed):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and is_new(os.path.join(here, name))]
         paths = [pathlib.Path(here, name) for name in sorted(files)]
         images = [path for path in paths if is_image(path)]
         skipped["no image by its name"] += sum(not path.name.startswith(".") for path in paths) - len(images)
@@ -113,12 +138,34 @@ def below(folder: pathlib.Path, rank: int, skipped: collections.Counter[str]) ->
         yield from (Entry(path, str(path)) for path in images)
 
 
+def _closed(error: OSError) -> None:
+    """A folder that cannot be looked into ends the search: what it holds would be left out."""
+    raise config.InputError(f"{error.filename}: cannot be looked into ({error.strerror}); mend that") from error
+
+
+def _columns(table: pathlib.Path, names: Sequence[str]) -> list[str]:
+    """A table's columns by their usual names; InputError where one stands twice, or is a group by another name."""
+    columns = [name.strip().lower() for name in names]
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise config.InputError(f"{table}: the column {twice[0]} stands there twice; rename one")
+    meant = [name for name in columns if name in LIKE_GROUP]
+    if meant and "group" not in columns:
+        raise config.InputError(f"{table}: the column {meant[0]} would not be used; call it group, so that no {meant[0]} is in two splits")
+    return columns
+
+
+def _unused(table: pathlib.Path) -> tuple[str, ...]:
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        return tuple(name for name in _columns(table, next(csv.reader(file, skipinitialspace=True), [])) if name and name not in COLUMNS)
+
+
 def of_table(table: pathlib.Path, *, labelled: bool) -> Iterator[Entry]:
     """The rows of a CSV; paths are relative to its folder. InputError that names the line, before the first entry where `labelled`."""
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
-            columns = [name.strip().lower() for name in rows.fieldnames or ()]
+            columns = _columns(table, rows.fieldnames or ())
             rows.fieldnames = columns
             needed = ("path", "label") if labelled else ("path",)
             if missing := [name for name in needed if name not in columns]:

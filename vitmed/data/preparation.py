@@ -27,7 +27,8 @@ CT_WINDOWS = {
 WINDOWS = ("auto", "none", "minmax", "percentile", "zscore", *CT_WINDOWS)
 PERCENTILES = (0.5, 99.5)
 DEVIATIONS = 3.0  # of zscore, either way
-BOUNDS = re.compile(r"(-?[0-9.]+(?:e-?\d+)?):(-?[0-9.]+(?:e-?\d+)?)")
+NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+BOUNDS = re.compile(f"{NUMBER}:{NUMBER}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +79,16 @@ def finished(image: volumes.Image, how: Preparation, path: pathlib.Path) -> np.n
 def mask(path: pathlib.Path, image: volumes.Image, how: Preparation) -> tuple[np.ndarray, bool]:
     """(bool [*S], whether anything is drawn): the mask in a file that belongs to an image, what is more than half of a voxel inside.
 
-    InputError where it has another shape than the image.
+    InputError where it has another shape than the image, or lies elsewhere.
     """
     drawn = volumes.read(path, how.rank)
     if drawn.size != image.size:
         raise volumes.Unreadable(f"{path}: a mask of {list(drawn.size)} for an image of {list(image.size)}; they must have one shape")
+    placed = [one.affine for one in (drawn, image)]
+    if (placed[0] is None) != (placed[1] is None):
+        raise volumes.Unreadable(f"{path}: of mask and image only one says where it lies, so that they may not lie alike; save both alike")
+    if placed[0] is not None and np.abs(placed[0] - placed[1]).max() > 0.1 * min(image.spacing):
+        raise volumes.Unreadable(f"{path}: the mask does not lie where the image does; they must have one affine")
     inside = (drawn.values != 0).any(axis=-1, keepdims=True).astype(np.float32)
     return fitted(inside, image, how, path)[..., 0] > 0.5, bool(inside.any())
 

@@ -41,7 +41,8 @@ class Arrays:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was read: how many files had each stored shape and each spacing in mm, and of how many masks nothing was left.
+    """What was read: how many files had each stored shape and each spacing in mm, of how many masks nothing was left, and how many
+    prepared images are `flat`, of one value.
 
     `copies` are pairs of examples, by their numbers, of which the second has the bytes of the first.
     """
@@ -49,6 +50,7 @@ class Report:
     shapes: dict[str, int]
     spacings: dict[str, int]
     lost_masks: int
+    flat: int = 0
     copies: list[list[int]] = dataclasses.field(default_factory=list)
 
 
@@ -60,17 +62,22 @@ def folder(cache: str) -> pathlib.Path:
 
 def load(entries: Sequence[listing.Entry], how: preparation.Preparation, *, cache: str, where: str) -> tuple[Arrays, Report]:
     """The prepared images in the order of the entries, from the cache where it has them. InputError that counts and names what is wrong."""
-    key = hashlib.sha256(json.dumps([FORM, os.path.abspath(where), dataclasses.asdict(how)]).encode()).hexdigest()[:24]
+    window = preparation.CT_WINDOWS.get(how.window)  # in units, should a name ever mean others
+    key = hashlib.sha256(json.dumps([FORM, os.path.abspath(where), dataclasses.asdict(how), window]).encode()).hexdigest()[:24]
     data, manifest = folder(cache) / f"{key}.npz", folder(cache) / f"{key}.json"
     files = _files(entries)
     kept = _kept(data, manifest, files, entries)
     if kept is not None:
         return kept
+    before = _stats(files)
     arrays, report = _prepare(entries, how)
     hashed = _hashed(files)
     report = dataclasses.replace(report, copies=_copies(entries, hashed))
     record = {"form": FORM, "where": where, "images": arrays.digest, "entries": [_text(entry) for entry in entries]}
     record |= {"files": hashed, "report": dataclasses.asdict(report)}
+    if _stats(files) != before:
+        print(f"vitmed: {where}: files changed while they were read, so what was read is not kept", file=sys.stderr)
+        return arrays, report
     members = {"images": arrays.images} | ({} if arrays.masks is None else {"masks": arrays.masks})
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +96,11 @@ def _files(entries: Sequence[listing.Entry]) -> list[pathlib.Path]:
 
 def _text(entry: listing.Entry) -> list[str]:
     return [str(entry.path), str(entry.mask or "")]
+
+
+def _stats(files: Sequence[pathlib.Path]) -> list[list[int]]:
+    """Size and time of each; of one that is not there nothing."""
+    return [_stat(path) if path.exists() else [] for path in files]
 
 
 def _stat(path: pathlib.Path) -> list[int]:
@@ -141,10 +153,9 @@ def _kept(
         known = record["files"]
         if list(known) != [str(path) for path in files]:
             return None
-        for path in files:
-            size, time, sha = known[str(path)]
-            if [size, time] != _stat(path) and sha != _sha256(path):
-                return None
+        stale = [path for path in files if known[str(path)][:2] != _stat(path)]
+        if any(known[str(path)][2] != _sha256(path) for path in stale):
+            return None
         with zipfile.ZipFile(data) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             for name in names:
@@ -153,6 +164,8 @@ def _kept(
             masks = npz.read_array(archive, "masks") if "masks" in names else None
         if images.dtype != np.uint8 or len(images) != len(entries) or _digest(images, masks) != record["images"]:
             return None
+        if stale:  # the same bytes at another time: known from now on
+            _write(manifest, lambda file: file.write(json.dumps({**record, "files": _hashed(files)}).encode()))
         return Arrays(images, masks, record["images"]), Report(**record["report"])
     except (OSError, KeyError, TypeError, *npz.DAMAGE):
         return None
@@ -186,8 +199,8 @@ def _prepare(entries: Sequence[listing.Entry], how: preparation.Preparation) -> 
     masks: np.ndarray | None = None
     faults: list[str] = []
     sizes: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
-    shapes, spacings, lost = collections.Counter(), collections.Counter(), 0
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _progress(len(entries)) as advance:
+    shapes, spacings, lost, flat = collections.Counter(), collections.Counter(), 0, 0
+    with volumes.quiet(), concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _progress(len(entries)) as advance:
         for index, made in enumerate(_ahead(pool, functools.partial(_one, how=how), entries)):
             advance()
             if isinstance(made, str):
@@ -200,6 +213,7 @@ def _prepare(entries: Sequence[listing.Entry], how: preparation.Preparation) -> 
             if size != images.shape[1:-1]:
                 continue  # named below
             images[index] = made.image
+            flat += int(made.image.min()) == int(made.image.max())
             shapes[made.shape] += 1
             spacings[made.spacing] += 1
             if made.mask is not None:
@@ -215,7 +229,7 @@ def _prepare(entries: Sequence[listing.Entry], how: preparation.Preparation) -> 
         said = ", ".join(f"{len(paths)} of {'x'.join(map(str, size))}" for size, paths in sizes.items())
         odd = listing.counted([path for size, paths in sizes.items() if size != usual for path in paths], "image", "differs", "differ")
         raise config.InputError(f"data.size=0 takes images as they are, and these have several shapes: {said[:300]}; {odd}; give data.size")
-    return Arrays(images, masks, _digest(images, masks)), Report(dict(shapes.most_common()), dict(spacings.most_common()), lost)
+    return Arrays(images, masks, _digest(images, masks)), Report(dict(shapes.most_common()), dict(spacings.most_common()), lost, flat)
 
 
 def _ahead(pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ superior, H from posterior to anterior, W from left to right.
 Shapes: `*S` H,W or D,H,W; `C` channels, 1 or 3.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -12,7 +13,7 @@ import math
 import pathlib
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -57,7 +58,10 @@ def suffix(path: pathlib.Path) -> str:
 
 
 def read(path: pathlib.Path, rank: int) -> Image:
-    """The image that a file, or a folder of one DICOM series, holds; Unreadable where that is broken or not of this rank."""
+    """The image that a file, or a folder of one DICOM series, holds; Unreadable where that is broken or not of this rank.
+
+    MachineError where the package that reads it is missing. Whoever reads many, in threads, does so within `quiet`.
+    """
     from vitmed.data import dicom  # here, since it needs Image
 
     kind = suffix(path)
@@ -68,12 +72,14 @@ def read(path: pathlib.Path, rank: int) -> Image:
     }
     reader = readers.get(kind, dicom.read)
     try:
-        with warnings.catch_warnings(action="ignore"):  # the readers warn of what they mend, and raise where they cannot
+        with installed(path):
             image = reader(path, rank)
-    except config.InputError:
+    except Unreadable as error:
+        if str(path) in str(error):
+            raise
+        raise Unreadable(f"{path}: {error}") from error
+    except config.MachineError:
         raise
-    except ImportError as error:
-        raise config.MachineError(f"{path}: {error.name} is missing; {INSTALL}") from error
     except MemoryError as error:
         raise Unreadable(f"{path}: it does not fit the memory") from error
     except Exception as error:  # decoders raise whatever they like at damaged bytes; the file is named and the others go on
@@ -88,21 +94,39 @@ def read(path: pathlib.Path, rank: int) -> Image:
 @functools.lru_cache(maxsize=2**17)
 def _picture_channels(path: pathlib.Path, size: int, time: int) -> int:
     """Channels of a picture by its header alone; `size` and `time` tell a file that was changed."""
+    if suffix(path) in TIFFS:
+        with required("tifffile").TiffFile(path) as file:
+            return 3 if file.pages[0].photometric.name in ("RGB", "YCBCR", "PALETTE") else 1
     with required("PIL.Image").open(path, formats=FORMATS) as file:
         return 1 if file.mode in ("1", "L", "LA", "I", "F") or file.mode.startswith("I;16") else 3
 
 
 def num_channels(path: pathlib.Path) -> int:
     """Channels of a picture, 1 or 3, by its header; 1 of other files, and of what cannot be read, which is named when it is."""
-    if suffix(path) not in PICTURES:
+    if suffix(path) not in (*PICTURES, *TIFFS):
         return 1
     try:
         found = path.stat()
-        return _picture_channels(path, found.st_size, found.st_mtime_ns)
-    except ImportError as error:
-        raise config.MachineError(f"{path}: {error.name} is missing; {INSTALL}") from error
+        with installed(path):
+            return _picture_channels(path, found.st_size, found.st_mtime_ns)
+    except config.MachineError:
+        raise
     except Exception:  # noqa: BLE001 - as in `read`
         return 1
+
+
+@contextlib.contextmanager
+def installed(path: pathlib.Path) -> Iterator[None]:
+    """MachineError where a package is missing that a file needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise config.MachineError(f"{path}: {error.name} is missing; {INSTALL}") from error
+
+
+def quiet() -> contextlib.AbstractContextManager:
+    """Without the warnings of decoders, which warn of what they mend. Around threads, not within: filters are the whole process's."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def require_rank(path: pathlib.Path, size: tuple[int, ...], rank: int) -> None:
@@ -135,15 +159,22 @@ def _picture(path: pathlib.Path, rank: int) -> Image:
 
 
 def _tiff(path: pathlib.Path, rank: int) -> Image:
-    """TIFF of any depth; several pages are the slices of a volume."""
+    """TIFF of any depth; several pages are the slices of a volume. Palettes become colours, and white that is stored as 0 bright."""
     with required("tifffile").TiffFile(path) as file:
-        series = file.series[0]
+        if len(file.series) > 1:
+            raise Unreadable(f"{path}: its {len(file.pages)} pages are of several shapes; save one image, or slices of one shape")
+        series, page = file.series[0], file.pages[0]
         colours = series.shape[-1] if series.axes.endswith("S") else 0
         if colours not in (0, 3, 4):
             raise Unreadable(f"{path}: {colours} samples per pixel; 1, 3 or 4 are known")
         size = tuple(length for length in series.shape[: -1 if colours else None])
         require_rank(path, size, rank)
-        values = series.asarray()
+        values, photometric = series.asarray(), page.photometric.name
+        if photometric == "PALETTE":
+            values, colours = np.moveaxis(page.colormap, 0, -1)[values] >> 8, 3
+            values = values.astype(np.uint8)
+    if photometric == "MINISWHITE" and values.dtype.kind == "u":
+        values = np.iinfo(values.dtype).max - values
     return Image(values.reshape(*size, colours or 1)[..., :3])
 
 
@@ -158,26 +189,28 @@ def _nifti(path: pathlib.Path, rank: int) -> Image:
     while len(size) > rank and size[-1] == 1:  # one volume of a series of one
         size = size[:-1]
     require_rank(path, size, rank)
+    to_mm = {"micron": 1e-3, "meter": 1e3}.get(file.header.get_xyzt_units()[0], 1.0)
     if rank == 2:
         values = _stored(file).reshape(size).T[..., None]
-        return Image(values, spacing=_positive(path, file.header.get_zooms()[1::-1]))
-    canonical = nibabel.as_closest_canonical(file.slicer[..., 0] if len(file.shape) == 4 else file)
+        return Image(values, spacing=_positive(path, file.header.get_zooms()[1::-1], to_mm))
+    canonical = nibabel.as_closest_canonical(nibabel.squeeze_image(file) if len(file.shape) > 3 else file)
     values = _stored(canonical)
     values = values.view(np.uint8).reshape(*values.shape, -1)[..., :3] if values.dtype.fields else values[..., None]
-    spacing = _positive(path, canonical.header.get_zooms()[2::-1])
+    spacing = _positive(path, nibabel.affines.voxel_sizes(canonical.affine)[::-1], to_mm)
     return Image(np.ascontiguousarray(values.transpose(2, 1, 0, 3)), spacing=spacing, affine=canonical.affine)
 
 
 def _stored(file: Any) -> np.ndarray:
     """The scaled values in the smallest type that the file has them in: integers stay integers where nothing scales them."""
-    slope, intercept = file.header.get_slope_inter()
-    plain = slope in (None, 1.0) and intercept in (None, 0.0)
-    return np.asarray(file.dataobj if plain else file.get_fdata(dtype=np.float32))
+    stored = file.dataobj  # after it was reoriented an array, scaled already
+    plain = (getattr(stored, "slope", 1.0), getattr(stored, "inter", 0.0)) == (1.0, 0.0)
+    values = np.asarray(stored if plain else file.get_fdata(dtype=np.float32))
+    return values.astype(np.float32) if values.dtype == np.float64 else values
 
 
-def _positive(path: pathlib.Path, zooms: Any) -> tuple[float, ...]:
-    """Spacings as floats; Unreadable where a header has none that can be."""
-    spacing = tuple(float(abs(zoom)) for zoom in zooms)
+def _positive(path: pathlib.Path, zooms: Any, to_mm: float) -> tuple[float, ...]:
+    """Spacings in mm; Unreadable where a header has none that can be."""
+    spacing = tuple(float(abs(zoom)) * to_mm for zoom in zooms)
     if not all(math.isfinite(step) and step > 0 for step in spacing):
         raise Unreadable(f"{path}: its header has the spacing {spacing}; mend it")
     return spacing
