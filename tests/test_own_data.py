@@ -109,7 +109,7 @@ def test_describe_says_what_load_brings(tmp_path):
 def test_numbers_are_sorted_as_numbers_and_classes_can_be_ordered(tmp_path):
     pictures(tmp_path, ["10", "9"] * 10)
     assert folder.inventory(f"folder:{tmp_path}", IN_2D).class_names == ("9", "10")
-    ordered = folder.Settings(rank=2, classes="10, 9", task="ordinal")
+    ordered = folder.Settings(rank=2, classes=("10", "9"), task="ordinal")
     made = folder.inventory(f"folder:{tmp_path}", ordered)
     assert (made.class_names, made.task, made.labels[0, 0]) == (("10", "9"), "ordinal", 0)
 
@@ -157,6 +157,25 @@ def test_in_folds_every_group_is_tested_once():
         assert collections.Counter(parts) == {"train": 36, "val": 12, "test": 12}
         tested.update(group for part, group in zip(parts, groups, strict=True) if part == "test")
     assert tested == collections.Counter(groups)
+
+
+def test_folds_are_not_drawn_over_splits_that_a_table_names(tmp_path):
+    rows = pictures(tmp_path, ["a", "b"] * 10)
+    table(tmp_path / "labels.csv", [(*row, "test" if index < 6 else "train") for index, row in enumerate(rows)], ("path", "label", "split"))
+    with pytest.raises(config.InputError, match="names splits of its own"):
+        folder.inventory(f"folder:{tmp_path}", folder.Settings(rank=2, folds=4))
+
+
+def test_what_a_table_does_not_say_is_told(tmp_path):
+    rows = pictures(tmp_path, ["a", "b"] * 10)
+    own_files.write_picture(tmp_path / "images" / "extra.png", np.zeros((4, 4), np.uint8))
+    own_files.write_picture(tmp_path / "flat.png", np.full((4, 4), 9, np.uint8))
+    table(tmp_path / "labels.csv", [*((*row, 50) for row in rows), ("flat.png", "a", 50)], ("path", "label", "age"))
+    said = load(tmp_path).words
+    assert "columns not used: age" in said
+    assert "1 files, images that labels.csv does not list" in said
+    assert "every file counts as a patient of its own" in said
+    assert "of 1 images one value is left everywhere" in said
 
 
 def test_a_table_may_name_the_splits_and_validation_is_drawn_from_training(tmp_path):
@@ -236,7 +255,7 @@ def test_files_are_prepared_once_and_again_when_they_change(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("damage", ["npz", "json", "form"])
-def test_a_damaged_cache_is_prepared_anew(tmp_path, damage):
+def test_a_damaged_cache_is_prepared_anew(tmp_path, damage, monkeypatch):
     pictures(tmp_path / "set", ["a", "b"] * 10)
     first = load(tmp_path / "set")
     data, manifest = (next(prepared.folder("").glob(f"*.{kind}")) for kind in ("npz", "json"))
@@ -248,7 +267,28 @@ def test_a_damaged_cache_is_prepared_anew(tmp_path, damage):
         manifest.write_text("{")
     else:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "form": 99}))
-    assert load(tmp_path / "set").md5 == first.md5
+    calls = []
+    prepare = prepared._prepare
+    monkeypatch.setattr(prepared, "_prepare", lambda *arguments: calls.append(1) or prepare(*arguments))
+    again = load(tmp_path / "set")
+    assert calls == [1]
+    np.testing.assert_array_equal(again.splits["train"].images, first.splits["train"].images)
+
+
+def test_what_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch, capsys):
+    pictures(tmp_path / "set", ["a", "b"] * 10)
+    prepare, changed = prepared._prepare, tmp_path / "set" / "images" / "003.png"
+
+    def change(*arguments):
+        made = prepare(*arguments)
+        own_files.write_picture(changed, np.full((12, 10), 7, np.uint8))
+        return made
+
+    monkeypatch.setattr(prepared, "_prepare", change)
+    first = load(tmp_path / "set")
+    assert "files changed while they were read" in capsys.readouterr().err
+    monkeypatch.setattr(prepared, "_prepare", prepare)
+    assert load(tmp_path / "set").md5 != first.md5
 
 
 def test_other_labels_or_splits_are_other_data(tmp_path):
@@ -315,6 +355,20 @@ def _volume(root, rows):
     table(root / "labels.csv", [("v.nii", "a"), *rows])
 
 
+def _patients(root, rows):
+    table(root / "labels.csv", [(*row, f"p{index // 4}") for index, row in enumerate(rows)], ("path", "label", "Patient_ID"))
+
+
+def _label_twice(root, rows):
+    table(root / "labels.csv", [(*row, "c") for row in rows], ("path", "label", "label"))
+
+
+def _folders_of_splits(root, rows):
+    (root / "labels.csv").unlink()
+    (root / "images").rename(root / "train")
+    (root / "test").mkdir()
+
+
 def _some_groups(root, rows):
     table(root / "labels.csv", [(*row, "p1" if index else "") for index, row in enumerate(rows)], ("path", "label", "group"))
 
@@ -335,6 +389,9 @@ def _some_groups(root, rows):
         (_mask, 8, ["1 of 20", "a mask of [5, 5] for an image of [12, 10]"]),
         (_volume, 8, ["1 of 21", "v.nii", "configs/vit3d.py"]),
         (_some_groups, 8, ["1 row has no group"]),
+        (_patients, 8, ["patient_id would not be used", "call it group"]),
+        (_label_twice, 8, ["column label stands there twice"]),
+        (_folders_of_splits, 8, ["test, train are named as splits"]),
     ],
 )
 def test_what_is_wrong_is_counted_and_named_and_nothing_is_written(tmp_path, capsys, spoil, size, says):

@@ -86,9 +86,91 @@ def test_frames_of_an_enhanced_file_have_scales_of_their_own(tmp_path):
 
 
 def test_monochrome1_is_turned_to_dark(tmp_path):
-    pixels = np.array([[0, 4095], [100, 7]], np.uint16)
-    own_files.write_dicom(tmp_path / "xray", pixels, PhotometricInterpretation="MONOCHROME1")
-    assert read(tmp_path / "xray", rank=2).values[..., 0].tolist() == [[4095, 0], [3995, 4088]]
+    pixels = np.array([[0, 4000], [100, 7]], np.uint16)  # by what 12 bits can store, whatever is in this image
+    own_files.write_dicom(tmp_path / "xray", pixels, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
+    image = read(tmp_path / "xray", rank=2)
+    assert image.values[..., 0].tolist() == [[4095, 95], [3995, 4088]]
+    assert image.spacing == (1.0, 1.0)
+    own_files.write_dicom(tmp_path / "other", pixels, spacing=(0.2, 0.3))
+    assert read(tmp_path / "other", rank=2).spacing == (0.2, 0.3)
+
+
+PLANES = {  # rows and columns of the slices, as directions in the patient (left, posterior, superior)
+    "coronal": ([1, 0, 0], [0, 0, -1]),
+    "sagittal": ([0, 1, 0], [0, 0, -1]),
+    "oblique": ([0.8, 0.6, 0], [0, 0, -1]),
+}
+
+
+@pytest.mark.parametrize("enhanced", [False, True])
+@pytest.mark.parametrize("plane", PLANES)
+def test_every_voxel_of_slices_in_any_plane_lies_where_the_standard_says(tmp_path, plane, enhanced):
+    """PS3.3 C.7.6.2.1.1: a pixel lies at position + column step * row direction + row step * column direction."""
+    row, column = (np.array(each, float) for each in PLANES[plane])
+    normal, spacing, corner = np.cross(row, column), (0.7, 1.3), np.array([10.0, -20.0, 30.0])
+    values = own_files.landmarks((5, 6, 7))
+    places = [corner + 2.5 * index * normal for index in range(5)]
+    order = [3, 0, 4, 1, 2]
+    path = tmp_path / "ct"
+    if enhanced:
+        frames = []
+        for index in order:
+            of_frame, place, turn = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+            place.ImagePositionPatient, turn.ImageOrientationPatient = places[index].tolist(), [*row, *column]
+            of_frame.PlanePositionSequence, of_frame.PlaneOrientationSequence = [place], [turn]
+            frames.append(of_frame)
+        own_files.write_dicom(path, values[order].astype(np.uint16), spacing=spacing, PerFrameFunctionalGroupsSequence=frames)
+    else:
+        path.mkdir()
+        for name, index in enumerate(order):
+            extra = {"ImagePositionPatient": places[index].tolist(), "ImageOrientationPatient": [*row, *column]}
+            own_files.write_dicom(path / f"{name}.dcm", values[index], spacing=spacing, **extra)
+    image = read(path)
+    for d, h, w in np.ndindex(image.size):
+        stored = int(image.values[d, h, w, 0])
+        index, y, x = stored // 100, stored // 10 % 10, stored % 10
+        expected = places[index] + x * spacing[1] * row + y * spacing[0] * column
+        found = image.affine @ [w, h, d, 1]
+        np.testing.assert_allclose(found[:3] * [-1, -1, 1], expected, atol=1e-4)
+    assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
+    steps = nibabel.affines.voxel_sizes(image.affine)[::-1]
+    np.testing.assert_allclose(image.spacing, steps)
+
+
+def test_slices_without_places_are_sorted_by_number(tmp_path):
+    values = own_files.landmarks()
+    (tmp_path / "ct").mkdir()
+    for index in range(5):
+        own_files.write_dicom(tmp_path / "ct" / f"{(3 * index) % 5}.dcm", values[index], number=index + 1)
+    image = read(tmp_path / "ct")
+    np.testing.assert_array_equal(image.values[..., 0], values)
+    assert image.spacing is None  # nothing says how far apart they are
+
+
+def test_a_picture_stored_as_nifti(tmp_path):
+    values = own_files.landmarks()[1]
+    nibabel.save(nibabel.Nifti1Image(values.T, np.diag([0.5, 2.0, 1.0, 1.0])), tmp_path / "a.nii")
+    image = read(tmp_path / "a.nii", rank=2)
+    np.testing.assert_array_equal(image.values[..., 0], values)
+    assert image.spacing == (2.0, 0.5)
+
+
+def test_spacing_is_that_of_the_affine_in_millimetres(tmp_path):
+    file = nibabel.Nifti1Image(own_files.landmarks(), np.diag([2000.0, 1000.0, 500.0, 1.0]))
+    file.header.set_xyzt_units("micron")
+    nibabel.save(file, tmp_path / "a.nii")
+    assert read(tmp_path / "a.nii").spacing == (0.5, 1.0, 2.0)
+
+
+def test_white_as_zero_and_palettes_of_tiff(tmp_path):
+    values = np.array([[0, 10], [200, 255]], np.uint8)
+    tifffile.imwrite(tmp_path / "w.tif", values, photometric="miniswhite")
+    assert read(tmp_path / "w.tif", rank=2).values[..., 0].tolist() == [[255, 245], [55, 0]]
+    colours = np.zeros((3, 256), np.uint16)
+    colours[0] = np.arange(256) * 256
+    tifffile.imwrite(tmp_path / "p.tif", values, photometric="palette", colormap=colours)
+    np.testing.assert_array_equal(read(tmp_path / "p.tif", rank=2).values, np.stack([values, 0 * values, 0 * values], axis=-1))
+    assert [volumes.num_channels(tmp_path / name) for name in ("w.tif", "p.tif")] == [1, 3]
 
 
 def test_pictures(tmp_path):
@@ -150,8 +232,52 @@ def two_series(tmp_path):
 
 def twice(tmp_path):
     path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
-    own_files.write_dicom(path / "phase2.dcm", np.zeros((6, 7), np.int16), position=(-3, -5, 2.0))
+    own_files.write_dicom(path / "phase2.dcm", np.zeros((6, 7), np.int16), position=(-3, -5, 2.0), spacing=(1.0, 0.5))
     return path
+
+
+def unplaced(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    header = pydicom.dcmread(path / "003.dcm")
+    del header.ImagePositionPatient
+    header.save_as(path / "003.dcm")
+    return path
+
+
+def shifted(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    for index in range(5):
+        header = pydicom.dcmread(path / f"{index:03d}.dcm")
+        header.ImagePositionPatient = [-3, -5 + 3 * index, 2.0 * index]
+        header.save_as(path / f"{index:03d}.dcm")
+    return path
+
+
+def lost(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    for file in list(path.iterdir()):
+        file.rename(file.with_suffix(""))
+    (path / "004").write_bytes(b"")
+    return path
+
+
+def dangling(tmp_path):
+    path = own_files.write_series(tmp_path / "ct", own_files.landmarks())
+    (path / "004.dcm").unlink()
+    (path / "004.dcm").symlink_to("nothing")
+    return path
+
+
+def one_slice(tmp_path):
+    own_files.write_dicom(tmp_path / "a.dcm", np.zeros((6, 7), np.int16))
+    return tmp_path / "a.dcm"
+
+
+def several_shapes(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(np.zeros((4, 5), np.uint8))
+        file.write(np.zeros((6, 5), np.uint8))
+    return tmp_path / "a.tif"
 
 
 def tilted(tmp_path):
@@ -180,6 +306,12 @@ def infinite(tmp_path):
         (two_series, "2 DICOM series"),
         (twice, "at one place"),
         (tilted, "different planes"),
+        (unplaced, "1 of its 5 slices do not say where they lie"),
+        (shifted, "shifted against each other"),
+        (lost, "004 is no DICOM file"),
+        (dangling, "cannot be read .No such file"),
+        (one_slice, "a single slice"),
+        (several_shapes, "several shapes"),
         (picture, "configs/vit2d.py"),
         (infinite, "NaN"),
     ],
@@ -189,6 +321,21 @@ def test_what_is_no_volume_is_named_with_the_reason(tmp_path, make, says):
     with pytest.raises(volumes.Unreadable, match=says) as raised:
         read(path)
     assert str(path) in str(raised.value)
+
+
+def test_a_mask_must_lie_where_the_image_lies(tmp_path):
+    own_files.write_nifti(tmp_path / "image.nii", own_files.landmarks(), orientation="LPS")
+    image = read(tmp_path / "image.nii")
+    drawn = (own_files.landmarks() % 10 < 3).astype(np.uint8)
+    own_files.write_nifti(tmp_path / "mask.nii", drawn)  # turned otherwise in its file, and the same in space
+    inside, any_drawn = preparation.mask(tmp_path / "mask.nii", image, AS_IS)
+    np.testing.assert_array_equal(inside, drawn.astype(bool))
+    assert any_drawn
+    own_files.write_nifti(tmp_path / "far.nii", drawn, spacing=(1, 1, 3))
+    tifffile.imwrite(tmp_path / "mask.tif", drawn)
+    for name, says in (("far.nii", "does not lie where"), ("mask.tif", "only one says where")):
+        with pytest.raises(volumes.Unreadable, match=says):
+            preparation.mask(tmp_path / name, image, AS_IS)
 
 
 # --- preparation ----------------------------------------------------------------------------------------------------------------
@@ -262,7 +409,7 @@ def test_channels():
         preparation.in_channels(colours, 1, pathlib.Path("a"))
 
 
-@pytest.mark.parametrize("window", ["lungs", "3:1", "1:nan", "", "1:2:3", "x:2"])
+@pytest.mark.parametrize("window", ["lungs", "3:1", "1:nan", "", "1:2:3", "x:2", "1.2.3:4", ".:5"])
 def test_windows_that_are_none(window):
     with pytest.raises(config.InputError, match=r"data\.window="):
         preparation.check_window(window)

@@ -91,7 +91,9 @@ def _read(path: pathlib.Path) -> Any:
     pydicom = volumes.required("pydicom")
     try:
         found = pydicom.dcmread(_bytes(path))
-    except (pydicom.errors.InvalidDicomError, OSError, EOFError) as error:
+    except OSError as error:
+        raise volumes.Unreadable(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (pydicom.errors.InvalidDicomError, EOFError) as error:
         raise volumes.Unreadable(f"{path}: not a whole DICOM file ({type(error).__name__})") from error
     if "PixelData" not in found and "FloatPixelData" not in found:
         raise volumes.Unreadable(f"{path}: it holds no pixels")

@@ -7,7 +7,6 @@ calibration.json, result.json, and failure.json where a sweep's point failed.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
-import csv
 import functools
 import hashlib
 import importlib.resources
@@ -25,6 +24,7 @@ import numpy as np
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import npz
+from vitmed.runs import examples as examples_lib
 from vitmed.runs import files
 
 SCHEMA_VERSION, CALIBRATION_VERSION = 1, 1  # of result.json and calibration.json
@@ -199,13 +199,11 @@ class RunFolder:
 
     def write_examples(self, examples: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
         """Write which file each row of a split's predictions is of."""
-        text = io.StringIO()
-        names = list(next(iter(next(iter(examples.values())))))
-        rows = csv.DictWriter(text, ["split", "row", *names], lineterminator="\n")
-        rows.writeheader()
-        for split, of_split in examples.items():
-            rows.writerows({"split": split, "row": row, **example} for row, example in enumerate(of_split))
-        self._write(self.examples, text.getvalue().encode())
+        self._write(self.examples, examples_lib.pack(examples))
+
+    def read_examples(self) -> list[dict[str, str]]:
+        """Return the rows of examples.csv; InputError if it is absent or broken."""
+        return examples_lib.read(self.examples)
 
     def write_predictions(self, split: str, *, labels: np.ndarray, probabilities: np.ndarray, seeds: Sequence[int]) -> None:
         """Write labels int [N, L], probabilities [R, N, K] (as float32) and seeds [R]; the same arrays give the same bytes."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vitmed import config as config_lib
 from vitmed import metrics
 from vitmed.runs import folder
 from vitmed.study import collection
@@ -31,14 +32,33 @@ def pooled(runs: Sequence[collection.Run]) -> tuple[list[collection.Run], list[s
             whole.append(run)
     faults = []
     for members in groups.values():
-        found, wanted = sorted(run.config[FOLD] for run in members), members[0].config[FOLDS]
         seeds = [seed for seed in members[0].seeds if all(seed in run.seeds for run in members)]
-        if found == list(range(wanted)) and seeds:
+        fault = _fault(members, seeds)
+        if fault is None:
             whole.append(_pool(sorted(members, key=lambda run: run.config[FOLD]), seeds))
         else:
-            fault = f"folds {', '.join(map(str, found))} of {wanted} are there" if seeds else "the folds share no seed that has not failed"
-            faults += [f"{run.path}: left out: {fault}; cross-validation needs each once" for run in members]
+            faults += [f"{run.path}: left out: {fault}" for run in members]
     return whole, faults
+
+
+def _fault(members: Sequence[collection.Run], seeds: Sequence[int]) -> str | None:
+    """Why runs are not the folds of one cross-validation, each once and on the same examples; None where they are."""
+    found, wanted = sorted(run.config[FOLD] for run in members), members[0].config[FOLDS]
+    if found != list(range(wanted)):
+        return f"folds {', '.join(map(str, found))} of {wanted} are there; cross-validation needs each once"
+    if not seeds:
+        return "the folds share no seed that has not failed"
+    try:
+        examples = [folder.RunFolder(run.path).read_examples() for run in members]
+    except config_lib.InputError as error:
+        return f"it cannot be told which examples the folds tested: {error}"
+    everyone = [sorted((row["path"], row["label"], row["group"]) for row in rows) for rows in examples]
+    tested = sorted((row["path"], row["label"], row["group"]) for rows in examples for row in rows if row["split"] == "test")
+    if any(rows != tested for rows in everyone) or sum(len(run.labels) for run in members) != len(tested):
+        return (
+            "the folds were made of different examples, so that some were tested twice or never; run all of them on one state of the data"
+        )
+    return None
 
 
 def _free(name: str) -> bool:
@@ -69,9 +89,9 @@ def _pool(of_folds: Sequence[collection.Run], seeds: Sequence[int]) -> collectio
     for name in ("train_images_per_second", "test_milliseconds_per_image"):
         result[name] = float(np.mean([run.result[name] for run in members]))
     result["data_md5"] = hashlib.md5("".join(str(run.result["data_md5"]) for run in members).encode(), usedforsecurity=False).hexdigest()
-    return dataclasses.replace(
-        first, result=result, epochs=(), labels=labels, probabilities=probabilities, config={**first.config, FOLD: 0}
-    )
+    # A fold's temperatures are its own; the pooled predictions have none.
+    pooled = {"labels": labels, "probabilities": probabilities, "calibration": None, "config": {**first.config, FOLD: 0}}
+    return dataclasses.replace(first, result=result, epochs=(), **pooled)
 
 
 def _of_seeds(run: collection.Run, seeds: Sequence[int]) -> np.ndarray:
