@@ -100,6 +100,8 @@ def predict(path: pathlib.Path, config: ml_collections.ConfigDict, *, split: str
         num_examples = len(dataset.splits["train"].labels)
     else:
         dataset = external.load(name, planned, root=config.data.root)
+        if dataset.words:
+            print(f"vitmed: {dataset.words}", file=sys.stderr)
         num_examples = planned.description.num_examples["train"]
     images, labels = dataset.splits[split].images, dataset.splits[split].labels
     if not len(labels):
