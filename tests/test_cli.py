@@ -141,7 +141,8 @@ def refused(capsys, tmp_path, *argv: object, command=main) -> str:
         (["--config=configs/vit2d.py:pretrained=", "--config.data.root=/no/such/folder"], ["/no/such/folder"]),
         (["--config=configs/quickstart.py", "--config.mesh.data=64"], ["mesh.data=64", "1"]),
         (["--config=configs/vit2d.py", "--sweep", "--config.model.pretrained=", "--config.train.epochs=0"], ["train.epochs=0"]),
-        (["--config=configs/vit2d.py:patch=7", "--sweep"], ["--sweep", "patch=7"]),
+        (["--config=configs/vit2d.py:pacth=7", "--sweep"], ["'pacth'", "patch"]),
+        (["--config=configs/folds2d.py", "--sweep"], ["folder:", "names no folder"]),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(argv, words, capsys, tmp_path):

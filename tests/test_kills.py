@@ -41,7 +41,8 @@ def test_a_run_killed_at_every_kind_of_moment_ends_with_the_same_bytes(runs2d):
     runs2d.require_whole(workdir)
 
 
-# In 2D a few more moments would add little to those above; `make torture` has many.
+# In 2D a few more moments would add little to those above, and in 3D it is the same code; `make torture` has many.
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 3] if "VITMED_KILLS" in os.environ else [3])
 def test_runs_killed_at_random_end_with_the_same_bytes(rank, request, capsys):
     runs = request.getfixturevalue(f"runs{rank}d")

@@ -469,7 +469,7 @@ def test_a_run_on_own_volumes_says_what_it_read_and_whose_predictions_are_whose(
     assert "groups 10, none in two splits" in said
     run = run_folders.RunFolder(tmp_path / "run")
     assert run.read_result()["image_size"] == [8, 8, 8]
-    rows = list(csv.DictReader(run.examples.open()))
+    rows = list(csv.DictReader(run.examples.read_text().splitlines()))
     test = [row for row in rows if row["split"] == "test"]
     classes = run.read_model()["data"]["class_names"]
     assert [classes[label] for (label,) in run.read_predictions("test").labels] == [row["label"] for row in test]

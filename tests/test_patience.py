@@ -115,5 +115,14 @@ def test_a_failure_after_the_end_of_a_seeds_patience_does_not_count():
     chunk = types.SimpleNamespace(number=3, num_steps=1, num_examples=8, batches={})
     plan = types.SimpleNamespace(steps_before=lambda chunk: chunk, position=lambda chunk: (chunk, 0, 1))
     with tracking.Progress("run", total_steps=8, done_steps=3, quiet=True) as display:
-        loop.advance(training, chunk, lambda *_: (state, jnp.full((2, 1), jnp.nan)), {}, recipe=recipe, plan=plan, display=display)
+        loop.advance(
+            training,
+            chunk,
+            lambda *_: (state, jnp.full((2, 1), jnp.nan)),
+            {},
+            recipe=recipe,
+            plan=plan,
+            display=display,
+            observer=tracking.Observer(),
+        )
     assert progress.failed == [False, True]

@@ -8,8 +8,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 RUN_CODE = {"eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads", "yaml.load", "joblib.load"}
 WRITE = {"write_text", "write_bytes", "savez_compressed", "tofile", "save_file", "savetxt"}
-# Who writes otherwise than by runs.files.write_whole: that itself, Orbax's checkpoints, the heartbeat, and a download that goes on.
-WRITERS = {"vitmed/runs/files.py", "vitmed/runs/checkpoint.py", "vitmed/runs/heartbeat.py", "vitmed/data/download.py"}
+# Who writes otherwise than by runs.files.write_whole: that itself, Orbax's checkpoints, the heartbeat, a download that goes on, and the
+# cache of prepared images, which data, who know no runs, write beside it and rename.
+WRITERS = {
+    "vitmed/runs/files.py",
+    "vitmed/runs/checkpoint.py",
+    "vitmed/runs/heartbeat.py",
+    "vitmed/data/download.py",
+    "vitmed/data/prepared.py",
+}
 
 
 def opens_to_write(node):

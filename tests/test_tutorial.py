@@ -35,7 +35,7 @@ def test_every_command_of_the_tutorial(tmp_path):
     assert "60 examples, binary" in said[1].stderr + said[1].stdout
     assert "stored shapes: 28x28x28 (60)" in said[1].stderr + said[1].stdout
     assert (tmp_path / "report/index.html").is_file()
-    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 4
     assert {row["label"] for row in rows} <= {"blob", "specks"}
     heats = sorted((tmp_path / "predictions_heatmaps").glob("*.nii.gz"))

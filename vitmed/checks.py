@@ -56,6 +56,7 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
 def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
     """What `data` says of own data; InputError where it says something of a set that it is not for."""
     data, rank = config.data, config.data.rank
+    config_lib.require(rank in (2, 3), "data.rank", rank, "2 or 3")
     if not sources.is_own(data.name):
         for name, default in {name: value for name, value in fields_lib.ADDED.items() if name in OWN}.items():
             value = data[name.removeprefix("data.")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib.image
 
+from vitmed.runs import files
 from vitmed.training import writers
 
 MOST_AT_ONCE, MOST_PARAMS_AT_ONCE = 1000, 100  # metrics and parameters that MLflow takes in one request
@@ -182,7 +183,7 @@ class MLflow:
         with tempfile.TemporaryDirectory() as folder:
             for name, png in figures.items():
                 file = pathlib.Path(folder) / f"{name}.png"
-                file.write_bytes(png)
+                files.write_whole(file, png)
                 self._client.log_artifact(self._run, str(file), "figures")
 
     def close(self, *, finished: bool) -> None:
