@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vitmed import cli, config, inference, main, predict
-from vitmed.data import preparation, volumes
+from vitmed.data import preparation, stored
 from vitmed.study import heatmaps
 
 
@@ -44,9 +44,9 @@ def test_a_pixel_has_the_heat_of_the_nearest_token(image_size, patch_size, kerne
 @pytest.mark.parametrize(("size", "spacing"), [((8, 12, 6), (0.0,)), ((8, 12, 6), (2.0, 1.0, 3.0)), ((40, 8, 31), (1.0,))])
 def test_places_in_a_file_are_where_preparation_puts_them(size, spacing, tmp_path):
     """A bright block of the stored volume is found in the prepared one, and the other way, resampled, cut off and filled up."""
-    stored = np.zeros((20, 16, 24, 1), np.float32)
-    stored[8:12, 6:8, 10:16] = 1
-    image = volumes.Image(stored, spacing=(1.5, 1.0, 2.0))
+    values = np.zeros((20, 16, 24, 1), np.float32)
+    values[8:12, 6:8, 10:16] = 1
+    image = stored.Image(values, spacing=(1.5, 1.0, 2.0))
     how = preparation.Preparation(3, 1, size, spacing, "minmax")
     made = preparation.finished(image, how, tmp_path)[..., 0].astype(float)
     resampled = preparation.target(image, how, tmp_path)

@@ -11,7 +11,7 @@ import tifffile
 from skimage import transform
 
 from vitmed import config
-from vitmed.data import preparation, volumes
+from vitmed.data import preparation, stored, volumes
 
 AS_IS = preparation.Preparation(rank=3, num_channels=1, window="0:510")
 
@@ -207,7 +207,7 @@ def broken(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["nifti", "png", "dicom", "text", "tiff"])
 def test_a_broken_file_is_named(tmp_path, kind):
     path = broken(tmp_path, kind)
-    with pytest.raises(volumes.Unreadable) as raised:
+    with pytest.raises(stored.Unreadable) as raised:
         read(path, rank=2 if kind in ("png", "dicom", "tiff") else 3)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -318,7 +318,7 @@ def infinite(tmp_path):
 )
 def test_what_is_no_volume_is_named_with_the_reason(tmp_path, make, says):
     path = make(tmp_path)
-    with pytest.raises(volumes.Unreadable, match=says) as raised:
+    with pytest.raises(stored.Unreadable, match=says) as raised:
         read(path)
     assert str(path) in str(raised.value)
 
@@ -334,7 +334,7 @@ def test_a_mask_must_lie_where_the_image_lies(tmp_path):
     own_files.write_nifti(tmp_path / "far.nii", drawn, spacing=(1, 1, 3))
     tifffile.imwrite(tmp_path / "mask.tif", drawn)
     for name, says in (("far.nii", "does not lie where"), ("mask.tif", "only one says where")):
-        with pytest.raises(volumes.Unreadable, match=says):
+        with pytest.raises(stored.Unreadable, match=says):
             preparation.mask(tmp_path / name, image, AS_IS)
 
 
@@ -342,7 +342,7 @@ def test_a_mask_must_lie_where_the_image_lies(tmp_path):
 
 
 def image(values, spacing=None):
-    return volumes.Image(np.asarray(values)[..., None], spacing=spacing)
+    return stored.Image(np.asarray(values)[..., None], spacing=spacing)
 
 
 def prepared(made, path=pathlib.Path("file"), **how):
@@ -397,7 +397,7 @@ def test_a_spacing_makes_voxels_of_that_size_and_then_the_shape():
 
 
 def test_what_has_no_spacing_cannot_be_brought_to_one():
-    with pytest.raises(volumes.Unreadable, match=r"its spacing.*data\.spacing"):
+    with pytest.raises(stored.Unreadable, match=r"its spacing.*data\.spacing"):
         prepared(image(np.zeros((4, 4), np.uint8)), spacing=(1.0,))
 
 
@@ -405,7 +405,7 @@ def test_channels():
     gray, colours = np.full((2, 2, 1), 5, np.uint8), np.array([[[1, 2, 3]]], np.uint8)
     assert preparation.in_channels(gray, 3, pathlib.Path("a")).shape == (2, 2, 3)
     assert preparation.in_channels(np.repeat(gray, 3, -1), 1, pathlib.Path("a")).shape == (2, 2, 1)
-    with pytest.raises(volumes.Unreadable, match="a: a colour image"):
+    with pytest.raises(stored.Unreadable, match="a: a colour image"):
         preparation.in_channels(colours, 1, pathlib.Path("a"))
 
 

@@ -17,7 +17,7 @@ import rich.progress
 from vitmed import cli, inference
 from vitmed import config as config_lib
 from vitmed.data import folder as own_data
-from vitmed.data import listing, streaming, volumes
+from vitmed.data import listing, stored, streaming
 from vitmed.models import explain
 from vitmed.runs import files, guard, machine
 from vitmed.study import heatmaps, operating
@@ -93,7 +93,7 @@ def predict(
     write(table.header())
     done = unreadable = 0
     prepared = streaming.stream(listing.find(source, ensemble.hows[0].rank), ensemble.hows, ensemble.shapes, ahead=2 * ensemble.batch_size)
-    with volumes.quiet(), progress(total) as advance:
+    with stored.quiet(), progress(total) as advance:
         for batch in streaming.batches(prepared, ensemble.batch_size):
             check()
             readable = [file for file in batch if not file.fault]

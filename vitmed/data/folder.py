@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vitmed import config
-from vitmed.data import dataset, listing, preparation, prepared, splits, volumes
+from vitmed.data import dataset, listing, preparation, prepared, splits, stored, volumes
 
 PREFIX = "folder:"
 TASKS = ("auto", "binary", "multi-class", "multi-label", "ordinal")
@@ -173,13 +173,13 @@ def _shapes(made: Inventory, size: Sequence[int], settings: Settings) -> tuple[t
     return tuple(wanted or own for wanted, own in zip(how.per_axis(how.size), target, strict=True)), channels
 
 
-def _first(entries: Sequence[listing.Entry], rank: int) -> tuple[listing.Entry, volumes.Image]:
+def _first(entries: Sequence[listing.Entry], rank: int) -> tuple[listing.Entry, stored.Image]:
     """The first example that can be read; `load` names those that cannot, unless it is all of them: the first one's fault is raised."""
     faults = []
     for entry in entries:
         try:
             return entry, volumes.read(entry.path, rank)
-        except volumes.Unreadable as error:
+        except stored.Unreadable as error:
             faults.append(error)
     raise faults[0]
 

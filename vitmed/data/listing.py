@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from vitmed import config
-from vitmed.data import dicom, volumes
+from vitmed.data import dicom, stored
 
 TABLE = "labels.csv"
 LIKE_GROUP = ("groups", "patient", "patients", "patient_id", "patientid", "subject", "subject_id", "subjectid", "case_id")
@@ -46,7 +46,7 @@ def is_image(path: pathlib.Path) -> bool:
     """Whether a file is an image or a volume by its name, or DICOM by its first bytes."""
     if path.name.startswith(".") or path.name == "DICOMDIR":
         return False
-    return volumes.suffix(path) in (*volumes.PICTURES, *volumes.TIFFS, *volumes.NIFTIS) or dicom.is_dicom(path)
+    return stored.suffix(path) in (*stored.PICTURES, *stored.TIFFS, *stored.NIFTIS) or dicom.is_dicom(path)
 
 
 def find(path: pathlib.Path, rank: int) -> Iterator[Entry]:
@@ -55,7 +55,7 @@ def find(path: pathlib.Path, rank: int) -> Iterator[Entry]:
     InputError where there is nothing of that name, a CSV has no column `path`, or a folder holds no image at all.
     """
     path = existing(path)
-    if path.is_file() and volumes.suffix(path) == ".csv":
+    if path.is_file() and stored.suffix(path) == ".csv":
         yield from of_table(path, labelled=False)
     elif path.is_file():
         yield Entry(path, str(path))
@@ -80,7 +80,7 @@ def labelled(path: pathlib.Path, rank: int) -> Listing:
     """The examples that a CSV, a folder with labels.csv, or a folder with one folder per class names; InputError."""
     path = existing(path)
     table = path / TABLE if path.is_dir() else path
-    if table.is_file() and (path.is_dir() or volumes.suffix(path) == ".csv"):
+    if table.is_file() and (path.is_dir() or stored.suffix(path) == ".csv"):
         entries = tuple(of_table(table, labelled=True))
         return Listing(entries, _unlisted(path, rank, entries) if path.is_dir() else {}, _unused(table))
     if not path.is_dir():

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from vitmed import config
-from vitmed.data import volumes
+from vitmed.data import stored, volumes
 
 # Hounsfield units, (lowest, highest) as radiologists set them: level - width / 2 to level + width / 2.
 CT_WINDOWS = {
@@ -64,7 +64,7 @@ def prepare(path: pathlib.Path, how: Preparation) -> np.ndarray:
     return finished(volumes.read(path, how.rank), how, path)
 
 
-def finished(image: volumes.Image, how: Preparation, path: pathlib.Path) -> np.ndarray:
+def finished(image: stored.Image, how: Preparation, path: pathlib.Path) -> np.ndarray:
     """uint8 [*S, C] of an image that was read from `path`."""
     values = in_channels(image.values, how.num_channels, path)
     if how.window in ("auto", "none") and values.dtype == np.uint8:
@@ -76,19 +76,19 @@ def finished(image: volumes.Image, how: Preparation, path: pathlib.Path) -> np.n
     return np.rint(np.clip(fitted(scaled, image, how, path), 0, 1) * 255).astype(np.uint8)
 
 
-def mask(path: pathlib.Path, image: volumes.Image, how: Preparation) -> tuple[np.ndarray, bool]:
+def mask(path: pathlib.Path, image: stored.Image, how: Preparation) -> tuple[np.ndarray, bool]:
     """(bool [*S], whether anything is drawn): the mask in a file that belongs to an image, what is more than half of a voxel inside.
 
     InputError where it has another shape than the image, or lies elsewhere.
     """
     drawn = volumes.read(path, how.rank)
     if drawn.size != image.size:
-        raise volumes.Unreadable(f"{path}: a mask of {list(drawn.size)} for an image of {list(image.size)}; they must have one shape")
+        raise stored.Unreadable(f"{path}: a mask of {list(drawn.size)} for an image of {list(image.size)}; they must have one shape")
     placed = [one.affine for one in (drawn, image)]
     if (placed[0] is None) != (placed[1] is None):
-        raise volumes.Unreadable(f"{path}: of mask and image only one says where it lies, so that they may not lie alike; save both alike")
+        raise stored.Unreadable(f"{path}: of mask and image only one says where it lies, so that they may not lie alike; save both alike")
     if placed[0] is not None and np.abs(placed[0] - placed[1]).max() > 0.1 * min(image.spacing):
-        raise volumes.Unreadable(f"{path}: the mask does not lie where the image does; they must have one affine")
+        raise stored.Unreadable(f"{path}: the mask does not lie where the image does; they must have one affine")
     inside = (drawn.values != 0).any(axis=-1, keepdims=True).astype(np.float32)
     return fitted(inside, image, how, path)[..., 0] > 0.5, bool(inside.any())
 
@@ -101,13 +101,13 @@ def in_channels(values: np.ndarray, num_channels: int, path: pathlib.Path) -> np
         return np.repeat(values, 3, axis=-1)
     if (values == values[..., :1]).all():
         return values[..., :1]
-    raise volumes.Unreadable(f"{path}: a colour image, and this model takes gray ones; convert it")
+    raise stored.Unreadable(f"{path}: a colour image, and this model takes gray ones; convert it")
 
 
 def windowed(values: np.ndarray, window: str, path: pathlib.Path) -> np.ndarray:
     """float32 [*S, C] from 0 to 1: the window's lowest value to its highest, what lies outside cut off."""
     if window == "none":
-        raise volumes.Unreadable(f"{path}: {values.dtype} values and data.window=none, which takes 8-bit images as they are; name a window")
+        raise stored.Unreadable(f"{path}: {values.dtype} values and data.window=none, which takes 8-bit images as they are; name a window")
     values = values.astype(np.float32)
     if window in ("auto", "percentile"):
         low, high = np.percentile(values, PERCENTILES)
@@ -123,17 +123,17 @@ def windowed(values: np.ndarray, window: str, path: pathlib.Path) -> np.ndarray:
     return np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
 
 
-def target(image: volumes.Image, how: Preparation, path: pathlib.Path) -> tuple[int, ...]:
+def target(image: stored.Image, how: Preparation, path: pathlib.Path) -> tuple[int, ...]:
     """*S that the whole image is resampled to."""
     size, spacing = how.per_axis(how.size), how.per_axis(how.spacing)
     if not any(spacing):
         return tuple(wanted or own for wanted, own in zip(size, image.size, strict=True))
     if image.spacing is None:
-        raise volumes.Unreadable(f"{path}: it does not say its spacing, and data.spacing={spacing} needs it; set data.spacing to 0")
+        raise stored.Unreadable(f"{path}: it does not say its spacing, and data.spacing={spacing} needs it; set data.spacing to 0")
     steps = zip(image.size, image.spacing, spacing, strict=True)
     resampled = tuple(max(1, round(own * step / wanted)) if wanted else own for own, step, wanted in steps)
-    if math.prod(resampled) > volumes.MOST_VALUES:
-        raise volumes.Unreadable(f"{path}: at the spacing {spacing} it has {list(resampled)} voxels, which is too many")
+    if math.prod(resampled) > stored.MOST_VALUES:
+        raise stored.Unreadable(f"{path}: at the spacing {spacing} it has {list(resampled)} voxels, which is too many")
     return resampled
 
 
@@ -147,7 +147,7 @@ def resized(values: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     return ndimage.zoom(blurred, 1 / factors, order=1, mode="nearest", grid_mode=True)
 
 
-def fitted(values: np.ndarray, image: volumes.Image, how: Preparation, path: pathlib.Path) -> np.ndarray:
+def fitted(values: np.ndarray, image: stored.Image, how: Preparation, path: pathlib.Path) -> np.ndarray:
     """float32 [*S, C] resampled, antialiased where it shrinks, and then cut or filled up with zeros to `how.size`."""
     size = target(image, how, path)
     if values.shape[:-1] != size:

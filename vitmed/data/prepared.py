@@ -24,7 +24,7 @@ import rich.console
 import rich.progress
 
 from vitmed import config, npz
-from vitmed.data import dicom, listing, preparation, volumes
+from vitmed.data import dicom, listing, preparation, stored, volumes
 
 FORM = 1  # of cache and manifest; another one is not read
 THREADS = 4  # decoders let go of Python's lock
@@ -200,7 +200,7 @@ def _prepare(entries: Sequence[listing.Entry], how: preparation.Preparation) -> 
     faults: list[str] = []
     sizes: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
     shapes, spacings, lost, flat = collections.Counter(), collections.Counter(), 0, 0
-    with volumes.quiet(), concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _progress(len(entries)) as advance:
+    with stored.quiet(), concurrent.futures.ThreadPoolExecutor(THREADS) as pool, _progress(len(entries)) as advance:
         for index, made in enumerate(_ahead(pool, functools.partial(_one, how=how), entries)):
             advance()
             if isinstance(made, str):
@@ -254,7 +254,7 @@ def _one(entry: listing.Entry, how: preparation.Preparation) -> _Made | str:
         spacing = "unknown" if image.spacing is None else "x".join(f"{step:.3g}" for step in image.spacing)
         shape = "x".join(map(str, image.size))
         return _Made(preparation.finished(image, how, entry.path), mask, shape, spacing, lost)
-    except volumes.Unreadable as error:
+    except stored.Unreadable as error:
         return str(error)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from vitmed import config
-from vitmed.data import listing, preparation, volumes
+from vitmed.data import listing, preparation, stored, volumes
 
 # Decoders let go of Python's lock. A volume as it is stored may take gigabytes, so that few are read at once.
 THREADS = {2: 4, 3: 2}
@@ -22,7 +22,7 @@ class Prepared:
     """One file: images uint8 [*S, C] for each preparation asked for, in their order, or none and the `fault`.
 
     `size` is *S of the file, `resampled` what all of it became in each preparation before that cut or filled it up; `affine` as
-    `volumes.Image` has it.
+    `stored.Image` has it.
     """
 
     entry: listing.Entry
@@ -40,7 +40,7 @@ def prepare(entry: listing.Entry, hows: Sequence[preparation.Preparation], shape
         images = tuple(preparation.finished(image, how, entry.path) for how in hows)
         for made, shape in zip(images, shapes, strict=True):
             if made.shape != shape:
-                raise volumes.Unreadable(
+                raise stored.Unreadable(
                     f"{entry.path}: comes to {list(made.shape[:-1])} pixels, and the run takes {list(shape[:-1])}; "
                     "it was trained with data.size=0 on images that were all of this shape"
                 )

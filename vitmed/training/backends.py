@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib.image
 
 from vitmed.runs import files
-from vitmed.training import writers
+from vitmed.training import tracking
 
 MOST_AT_ONCE, MOST_PARAMS_AT_ONCE = 1000, 100  # metrics and parameters that MLflow takes in one request
 SECONDS_BETWEEN_REQUESTS = 5.0
@@ -67,8 +67,8 @@ class TensorBoard:
         for writer in self._writers.values():
             writer.flush()
 
-    def conclude(self, tables: writers.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
-        """Tables as text, figures as images."""
+    def conclude(self, tables: tracking.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
+        """tracking.Tables as text, figures as images."""
         for name, table in tables.items():
             self._add(None, step, self._summary.text(f"results/{name}", _markdown(table)))
         for name, png in figures.items():
@@ -114,8 +114,8 @@ class WeightsAndBiases:
             self._first = self._step + 1
         self._row = {}
 
-    def conclude(self, tables: writers.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
-        """Tables and figures, in the row of the step."""
+    def conclude(self, tables: tracking.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
+        """tracking.Tables and figures, in the row of the step."""
         shown = {
             f"results/{name}": self._wandb.Table(columns=list(lines[0]), data=list(map(list, lines[1:]))) for name, lines in tables.items()
         }
@@ -176,8 +176,8 @@ class MLflow:
             self._client.log_batch(self._run, metrics=pending[first : first + MOST_AT_ONCE])
         self._sent = time.monotonic()
 
-    def conclude(self, tables: writers.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
-        """Tables and figures, as artifacts."""
+    def conclude(self, tables: tracking.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
+        """tracking.Tables and figures, as artifacts."""
         for name, table in tables.items():
             self._client.log_text(self._run, _markdown(table) + "\n", f"results/{name}.md")
         with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import rich.console
 import rich.progress
 
 SECONDS_BETWEEN_LINES = 10.0
+Tables = Mapping[str, Sequence[Sequence[str]]]  # by name, each with its header first
 
 
 def losses_text(losses: Sequence[float | None]) -> str:

@@ -20,7 +20,6 @@ from vitmed.training import tracking
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}  # what each is imported as
 FOLDER = "tracking"  # of a run, for the names under which others know it
-Tables = Mapping[str, Sequence[Sequence[str]]]
 
 
 class Writer(Protocol):
@@ -32,7 +31,7 @@ class Writer(Protocol):
     def flush(self) -> None:
         """Let what was added be seen."""
 
-    def conclude(self, tables: Tables, figures: Mapping[str, bytes], *, step: int) -> None:
+    def conclude(self, tables: tracking.Tables, figures: Mapping[str, bytes], *, step: int) -> None:
         """Add tables by name, each with its header first, and figures by name, as PNG."""
 
     def close(self, *, finished: bool) -> None:
@@ -100,7 +99,7 @@ class Tracker(tracking.Observer):
         self._scalars({"train/learning_rate": row["learning_rate"], "train/epoch": row["epoch"]}, of_seeds, step=row["step"])
         self._each(lambda writer: writer.flush())
 
-    def finished(self, test: Mapping[str, Sequence[float | None]], show: Callable[[], tuple[Tables, Mapping[str, bytes]]]) -> None:
+    def finished(self, test: Mapping[str, Sequence[float | None]], show: Callable[[], tuple[tracking.Tables, Mapping[str, bytes]]]) -> None:
         """The test metrics [R] by name, and the tables and figures that `show` makes of the finished run; all after the last step."""
         self._finished = True
         if not self._writers:
