@@ -66,6 +66,7 @@ def test_a_disk_that_fills_up_or_becomes_read_only(runs2d, disk, harm, moments):
     runs2d.require_whole(workdir)
 
 
+@pytest.mark.slow  # what a full disk does above is nearly the same
 def test_files_that_may_not_grow(runs2d, tmp_path):
     """What a quota does, where no file system can be mounted."""
     workdir = tmp_path / "run"
@@ -75,7 +76,9 @@ def test_files_that_may_not_grow(runs2d, tmp_path):
     runs2d.require_whole(workdir)
 
 
-@pytest.mark.parametrize("moment", [LATER[1], pytest.param(LATER[2], marks=pytest.mark.slow)], ids=["while writing", "while computing"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=pytest.mark.slow) for moment in LATER[1:3]], ids=["while writing", "while computing"]
+)
 def test_a_folder_that_goes_away(runs2d, tmp_path, moment):
     workdir = tmp_path / "run"
     fail(runs2d, workdir, Moment(moment.kind, moment.number, moment.what, "remove"), "No such file")

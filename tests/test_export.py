@@ -64,7 +64,9 @@ def code_of(out: pathlib.Path) -> str:
     return code
 
 
-@pytest.mark.parametrize(("which", "name", "seed"), [("images", "phantom2d", 1), ("volumes", "phantom3d", 3)])
+@pytest.mark.parametrize(
+    ("which", "name", "seed"), [pytest.param("images", "phantom2d", 1, marks=pytest.mark.slow), ("volumes", "phantom3d", 3)]
+)
 def test_a_program_says_what_the_run_said_at_any_batch_size(which, name, seed, request, tmp_path, capsys):
     run = request.getfixturevalue(which)
     assert call(export, f"--workdir={run}", "--format=stablehlo", f"--out={tmp_path / 'out'}") == 0

@@ -246,7 +246,7 @@ def turned(size, angle):
     return pixels @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]).T + centre
 
 
-@pytest.mark.parametrize(("size", "limit"), [((16, 16), 180.0), ((14, 22), 40.0)])
+@pytest.mark.parametrize(("size", "limit"), [pytest.param((16, 16), 180.0, marks=pytest.mark.slow), ((14, 22), 40.0)])
 def test_rotation_shows_the_nearest_pixel_about_the_centre_as_pillow_does(size, limit):
     batch = 60
     rows, columns, inside, shown = where_from(size, batch=batch, rotation_degrees=limit)

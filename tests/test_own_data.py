@@ -412,7 +412,7 @@ def test_what_is_wrong_is_counted_and_named_and_nothing_is_written(tmp_path, cap
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("data.spacing=1", "data.spacing=1.0: must be '0.0' with phantom2d"),
+        ("data.spacing=1", "data.spacing=1.0: must be 0.0 with phantom2d"),
         ("data.window=lungs", "data.window"),
         ("data.folds=5", "data.folds"),
     ],

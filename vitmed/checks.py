@@ -61,7 +61,9 @@ def own_data(config: ml_collections.ConfigDict) -> folder.Settings:
         for name, default in {name: value for name, value in fields_lib.ADDED.items() if name in OWN}.items():
             value = data[name.removeprefix("data.")]
             usual = tuple(default) if isinstance(default, list) else default
-            config_lib.require(value == usual, name, value, f"{config_lib.example(usual)!r} with {data.name}: it is for folder:PATH alone")
+            config_lib.require(
+                value == usual, name, value, f"{config_lib.example(usual) or 'empty'} with {data.name}: it is for folder:PATH alone"
+            )
     size = config_lib.per_axis("data.size", data.size, rank, zero=True)
     config_lib.require(max(size) <= MOST_PIXELS, "data.size", data.size, f"at most {MOST_PIXELS} along an axis")
     config_lib.require(len(data.spacing) in (1, rank), "data.spacing", data.spacing, f"one number, or {rank} for {rank} axes")
