@@ -38,6 +38,7 @@ def test_every_command_of_the_tutorial(tmp_path):
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert len(rows) == 4
     assert {row["label"] for row in rows} <= {"blob", "specks"}
+    assert all(0 <= float(row["calibrated_specks"]) <= 1 and row["positive_at_youden"] in ("0", "1") for row in rows)
     heats = sorted((tmp_path / "predictions_heatmaps").glob("*.nii.gz"))
     assert len(heats) == 4
     heat, scan = nibabel.load(heats[0]), nibabel.load(tmp_path / "new" / "00.nii.gz")
