@@ -18,8 +18,8 @@ from launch import slurm
 from vitmed import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Long enough to be stopped in the middle.
-SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=40", "--config.train.batch_size=250"]
+# Long enough to be stopped in the middle, also where one task compiles seconds longer than the other.
+SMALL = ["--config.model.variant=vit_micro", "--config.train.epochs=150", "--config.train.batch_size=250"]
 POINTS = ("phantom2d-patch14", "phantom2d-patch28")
 LONGEST_SECONDS = 240
 
@@ -114,7 +114,7 @@ def test_a_sweep_whose_tasks_are_stopped_in_the_middle_gives_every_result_once(c
     assert states == {f"{array}_0": ("COMPLETED", "1", "0:0"), f"{array}_1": ("COMPLETED", "1", "0:0"), collect: ("COMPLETED", "0", "0:0")}
     for task, point in enumerate(POINTS):
         assert epochs(workdir, point)[: len(stopped[point])] == stopped[point]
-        assert epochs(workdir, point) == list(range(1, 41))
+        assert epochs(workdir, point) == list(range(1, 151))
         log = (workdir / f"launch/slurm/{array}_{task}.log").read_text()  # appended to by the second start
         assert log.count(f"vitmed: {point}, 1 of 1") == 2
         assert "saved; run it again to go on" in log
