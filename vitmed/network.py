@@ -55,7 +55,7 @@ def of_record(record: Mapping[str, Any], where: str) -> Network:
     data = record.get("data")
     try:
         description = None if data is None else sources.of_record(data)
-    except (TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise config_lib.InputError(f"{where} does not say what its data are; restore it from a copy or run into another folder") from error
     return Network(build.Architecture(**said), tuple(record["mean"]), tuple(record["std"]), description=description)
 

@@ -6,7 +6,9 @@ Shapes: `*S` H,W or D,H,W; `C` channels, 1 or 3.
 import contextlib
 import dataclasses
 import importlib
+import io
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Iterator
@@ -49,6 +51,19 @@ def suffix(path: pathlib.Path) -> str:
     """The file's kind by its name: .nii.gz, .png, .dcm; files of a DICOM series often have none or a number."""
     name = path.name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else pathlib.PurePath(name).suffix
+
+
+class Bounded(io.FileIO):
+    """A file of which no more is asked than it has: Python makes room for as many bytes as a damaged length says, before it reads."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(path)
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, `size` at most; all that are left where it is negative or None."""
+        left = max(self._size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 @contextlib.contextmanager
