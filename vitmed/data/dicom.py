@@ -3,11 +3,10 @@
 Slices are sorted by where they lie along the normal of their plane, never by file name; a volume is turned to RAS as volumes.py says.
 """
 
-import io
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,7 @@ def is_slice(path: pathlib.Path) -> bool:
     with stored.installed(path):
         pydicom = stored.required("pydicom")
     try:
-        header = pydicom.dcmread(_bytes(path), stop_before_pixels=True, specific_tags=["NumberOfFrames"])
+        header = pydicom.dcmread(stored.opened(path), stop_before_pixels=True, specific_tags=["NumberOfFrames"])
         return int(header.get("NumberOfFrames") or 1) == 1
     except Exception:  # noqa: BLE001 - as in volumes.read
         return True
@@ -82,15 +81,10 @@ def _may_be_dicom(path: pathlib.Path) -> bool:
     return named and not path.is_dir() and (not kind or kind[1:].isdigit())
 
 
-def _bytes(path: pathlib.Path) -> BinaryIO:
-    """The file in memory: of one on a disk, Python would make room for as many bytes as a damaged header says an element has."""
-    return io.BytesIO(path.read_bytes())
-
-
 def _read(path: pathlib.Path) -> Any:
     pydicom = stored.required("pydicom")
     try:
-        found = pydicom.dcmread(_bytes(path))
+        found = pydicom.dcmread(stored.opened(path))
     except OSError as error:
         raise stored.Unreadable(f"{path}: cannot be read ({error.strerror or error})") from error
     except (pydicom.errors.InvalidDicomError, EOFError) as error:

@@ -8,11 +8,11 @@ import dataclasses
 import importlib
 import io
 import math
-import os
 import pathlib
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -53,17 +53,9 @@ def suffix(path: pathlib.Path) -> str:
     return ".nii.gz" if name.endswith(".nii.gz") else pathlib.PurePath(name).suffix
 
 
-class Bounded(io.FileIO):
-    """A file of which no more is asked than it has: Python makes room for as many bytes as a damaged length says, before it reads."""
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__(path)
-        self._size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1) -> bytes:
-        """The next bytes, `size` at most; all that are left where it is negative or None."""
-        left = max(self._size - self.tell(), 0)
-        return super().read(left if size is None or size < 0 else min(size, left))
+def opened(path: pathlib.Path) -> BinaryIO:
+    """The file in memory: of one on a disk, Python would make room for as many bytes as a damaged header says a part of it has."""
+    return io.BytesIO(path.read_bytes())
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ def _picture_channels(path: pathlib.Path, size: int, time: int) -> int:
     if stored.suffix(path) in stored.TIFFS:
         with stored.required("tifffile").TiffFile(path) as file:
             return 3 if file.pages[0].photometric.name in ("RGB", "YCBCR", "PALETTE") else 1
-    with stored.Bounded(path) as opened, stored.required("PIL.Image").open(opened, formats=FORMATS) as file:
+    with stored.required("PIL.Image").open(stored.opened(path), formats=FORMATS) as file:
         return 1 if file.mode in ("1", "L", "LA", "I", "F") or file.mode.startswith("I;16") else 3
 
 
@@ -79,7 +79,7 @@ def num_channels(path: pathlib.Path) -> int:
 def _picture(path: pathlib.Path, rank: int) -> stored.Image:
     """PNG, JPEG, BMP, upright as the camera says; transparency is dropped, palettes become colours."""
     pillow = stored.required("PIL.Image")
-    with stored.Bounded(path) as opened, pillow.open(opened, formats=FORMATS) as file:
+    with pillow.open(stored.opened(path), formats=FORMATS) as file:
         stored.require_rank(path, (file.height, file.width), rank)
         upright = stored.required("PIL.ImageOps").exif_transpose(file)
         if upright.mode in ("1", "L", "I", "F") or upright.mode.startswith("I;16"):
