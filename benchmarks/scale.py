@@ -105,7 +105,7 @@ def work(planned: experiment.Experiment, device: Device, mesh: Mesh) -> Work:
     sizes = {"num_tokens": planned.num_tokens, "width": architecture.width, "depth": architecture.depth}
     pooled = build.model(architecture, patch_size=planned.patch_size, num_classes=1).num_pooled_tokens
     of_attention = cost.attention_gmacs(**sizes, num_pooled_tokens=pooled)
-    forward = cost.gmacs_forward(**planned.shape, attention_pool=architecture.pooling == "map", num_pooled_tokens=pooled)
+    forward = cost.gmacs_forward(**planned.shape, pooling=architecture.pooling, num_pooled_tokens=pooled)
     once = {"remat": remat, "keeps_weights": form == "plain"}
     kept = cost.activations_per_example(
         **{name: value for name, value in planned.shape.items() if name not in ("swiglu", "num_classes")}, num_heads=architecture.num_heads

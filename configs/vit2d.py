@@ -62,12 +62,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel.
     config.model.mean = ml_collections.FieldReference("auto", field_type=object)
     config.model.std = ml_collections.FieldReference("auto", field_type=object)
-    config.model.pooling = "auto"  # auto (the weights' own; cls from scratch), cls, mean
+    config.model.pooling = "auto"  # auto (the weights' own; cls from scratch), cls, mean, attention (a fresh query attends to the patches)
+    # Of train.tune=lora alone: what is added to the layers named, alpha / rank times two matrices of this rank; see docs/finetuning.md.
+    config.model.lora_rank = 8
+    config.model.lora_alpha = 16.0
+    config.model.lora_targets = "qkv,proj"  # patch_embed, q, k, v, qkv, proj, fc1, fc2; or of one block, block_00/attn/q
+    # Of train.tune=adaptformer alone: a branch beside every MLP through so many channels, and what it is multiplied by.
+    config.model.adapter_width = 64
+    config.model.adapter_scale = 0.1
     config.model.attention = "auto"  # how it is computed: plain, blockwise (memory grows with tokens, not their square), cudnn, auto
     config.model.drop_path = 0.0  # stochastic depth: the rate of the last block
     config.model.dtype = "float32"  # of the arithmetic: float32 or bfloat16; parameters are float32
 
     config.train = ml_collections.ConfigDict()
+    # What is trained: all; or of a frozen base the head alone, the last N blocks too (last:N), or what is added to it (lora, adaptformer).
+    config.train.tune = "all"
     config.train.epochs = 100
     config.train.batch_size = 8  # images per step of one seed
     config.train.micro_batch_size = 0  # of these at a time, gradients summed; 0: what suits a CPU's caches, on an accelerator all

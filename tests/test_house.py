@@ -26,6 +26,7 @@ TOP = {
     "network",
     "planning",
     "record",
+    "start",
     "sweep",
 }  # what the CLIs are made of
 # Of ours: what each part may import, as dotted names below `vitmed` (a name stands for all below it).
@@ -45,9 +46,10 @@ MAY_IMPORT = {
     "planning": BELOW | {"checks", "network"},
     "budget": BELOW | {"planning"},
     "record": BELOW | {"network", "planning"},
-    "experiment": BELOW | {"budget", "network", "planning", "record"},
+    "start": BELOW | {"network", "planning"},
+    "experiment": BELOW | {"budget", "network", "planning", "record", "start"},
     "external": BELOW | {"planning"},
-    "inference": BELOW | {"budget", "experiment"},
+    "inference": BELOW | {"budget", "experiment", "start"},
     "cli": {"config"},
     "apart": {"cli", "config"},
     "forecast": BELOW | {"budget", "network", "experiment"},

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from vitmed import cli, config, evaluate, experiment, main, models
+from vitmed import start as starts
 from vitmed.models import build, exported, weights
 from vitmed.runs import folder
 from vitmed.training import loop
@@ -133,7 +134,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_weights_aga
 
 def test_every_seed_starts_from_the_weights(file):
     planned = experiment.plan(config.load(f"{VIT2D}:dataset=phantom2d,patch=14,variant=vit_micro,pretrained={file}", {"seeds": "3,4"}))
-    start, _ = experiment._start(planned, folder.RunFolder("/nowhere"))
+    start = starts.of(planned, begun=False).trained
     from vitmed.training import programs
 
     recipe = experiment.recipe(planned, steps_per_epoch=1)

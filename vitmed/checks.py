@@ -9,7 +9,7 @@ from vitmed import config as config_lib
 from vitmed import cost
 from vitmed import fields as fields_lib
 from vitmed.data import folder, pipeline, preparation, sources
-from vitmed.models import resample
+from vitmed.models import adapters, resample
 from vitmed.training import augment, optim, writers
 
 MOST = 10**6  # epochs, images in a batch
@@ -116,6 +116,36 @@ def training(config: ml_collections.ConfigDict) -> None:
     config_lib.require(within, "train.warmup_epochs", train.warmup_epochs, allowed)
     config_lib.require(0 < train.layer_decay <= 1, "train.layer_decay", train.layer_decay, "above 0 and at most 1")
     config_lib.require(0 <= train.ema_decay < 1, "train.ema_decay", train.ema_decay, "from 0 to less than 1")
+
+
+def tuning(config: ml_collections.ConfigDict, *, depth: int) -> adapters.Tuning:
+    """What is trained of a network of so many blocks; InputError where what is said of LoRA or adapters would change nothing."""
+    model, (name, _, blocks) = config.model, config.train.tune.partition(":")
+    config_lib.one_of("train.tune", name, adapters.TUNES)
+    last = int(blocks) if blocks.isdecimal() else 0
+    good = 1 <= last <= depth if name == "last" else not blocks
+    allowed = f"{name}:N with N from 1 to {depth}, the network's blocks" if name == "last" else f"{name}, which takes no number"
+    config_lib.require(good, "train.tune", config.train.tune, allowed)
+    if name != "all" and not model.pretrained:
+        raise config_lib.InputError(
+            f"train.tune={config.train.tune}: needs a base that has been trained; give model.pretrained, or take all"
+        )
+    for part, of in (("lora", "lora"), ("adapter", "adaptformer")):
+        for field, usual in fields_lib.ADDED.items():
+            if field.startswith(f"model.{part}_") and name != of:
+                value = model[field.removeprefix("model.")]
+                config_lib.require(value == usual, field, value, f"{usual} with train.tune={name}: it is for train.tune={of} alone")
+    if name == "lora":
+        config_lib.require(1 <= model.lora_rank <= 1024, "model.lora_rank", model.lora_rank, "from 1 to 1024")
+        config_lib.finite("model.lora_alpha", model.lora_alpha, least=0.0, most=1e6)
+        lora = adapters.Lora(model.lora_rank, model.lora_alpha, tuple(part.strip() for part in model.lora_targets.split(",")))
+        adapters.lora_layers(depth, lora.targets)
+        return adapters.Tuning(name, lora=lora)
+    if name == "adaptformer":
+        config_lib.require(1 <= model.adapter_width <= 10**5, "model.adapter_width", model.adapter_width, "from 1 to 100000")
+        config_lib.finite("model.adapter_scale", model.adapter_scale, least=0.0, most=1e3)
+        return adapters.Tuning(name, adapter_width=model.adapter_width, adapter_scale=model.adapter_scale)
+    return adapters.Tuning(name, blocks=last)
 
 
 def objective(config: ml_collections.ConfigDict, description: sources.Description) -> None:

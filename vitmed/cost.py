@@ -106,15 +106,15 @@ def gmacs_forward(
     kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     swiglu: bool = False,
-    attention_pool: bool = False,
+    pooling: str = "cls",
     num_pooled_tokens: int | None = None,
 ) -> float:
     """Return 1e9 multiply-accumulates of one image's forward pass: patch embedding, blocks, pool and head; norms and biases are free.
 
     A block costs N (4 D^2 + 2 D M) in its linear layers, with SwiGLU N (4 D^2 + 3 D M), and 2 N^2 D in attention (scores and weighted
     sum). Every block is counted over all tokens, as the costs of ViTs are; with `num_pooled_tokens`, how many first tokens the classifier
-    looks at, the last block counts with what they need of it alone, which is what `vit.ViT` computes. An attention pool costs keys and
-    values of the patches, one query's attention to them, and one token's MLP.
+    looks at, the last block counts with what they need of it alone, which is what `vit.ViT` computes. A `pooling` by
+    attention, `map` or `attention`, costs keys and values of the patches, one query's attention to them, and with `map` one token's MLP.
     """
     patches = num_patches(image_size, patch_size, kernel_size)
     tokens = patches + num_prefix_tokens
@@ -123,7 +123,9 @@ def gmacs_forward(
     attention = 2 * tokens**2 * width
     idle = 0 if num_pooled_tokens is None else tokens - num_pooled_tokens  # tokens that are keys and values alone in the last block
     left_out = idle * (width**2 + (2 + swiglu) * width * mlp_width + 2 * tokens * width)
-    pool = patches * (2 * width**2 + 2 * width) + 2 * width**2 + 2 * width * mlp_width if attention_pool else 0
+    pool = 0
+    if pooling in ("map", "attention"):
+        pool = patches * (2 * width**2 + 2 * width) + 2 * width**2 + (2 * width * mlp_width if pooling == "map" else 0)
     return (embedding + depth * (linear + attention) - left_out + pool + width * num_classes) / 1e9
 
 

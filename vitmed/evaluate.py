@@ -39,6 +39,7 @@ def make_parser() -> cli.Parser:
         "--dataset", metavar="NAME", help="external validation: another set, by name or as folder:PATH, of the same classes"
     )
     parser.add_argument("--data_root", metavar="DIR", help="folder of .npz files, where it is not the one that the run used")
+    parser.add_argument("--base", metavar="FILE", help="the weights that a plugin stands on, where they do not lie where it was trained")
     parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
     return parser
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     config_lib.one_of("--split", flags.split, SPLITS)
     out = flags.out and cli.file_to_write("--out", flags.out)
     paths = [pathlib.Path(path).expanduser() for path in flags.workdir]
-    configs = [inference.restored_config(folder.RunFolder(path), flags.data_root) for path in paths]
+    configs = [inference.restored_config(folder.RunFolder(path), flags.data_root, flags.base) for path in paths]
     check_alike(paths, configs)
     with machine.memory_errors():
         members = [predict(path, config, split=flags.split, name=flags.dataset) for path, config in zip(paths, configs, strict=True)]

@@ -21,8 +21,9 @@ from vitmed import budget, planning, record
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
+from vitmed import start as starts
 from vitmed.data import pipeline, sources
-from vitmed.models import attention, build, inputs, vit
+from vitmed.models import adapters, attention, build, inputs, vit
 from vitmed.runs import checkpoint, folder, guard, machine, processes
 from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
@@ -50,7 +51,7 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
 
 
 def build_model(experiment: Experiment) -> vit.ViT:
-    """The linen module, computing as suits the devices."""
+    """The linen module, computing as suits the devices; LoRA is not in it but in its parameters, by `adapters.effective`."""
     config, device, mesh = experiment.config, machine.device(), experiment.mesh
     form = experiment.attention_form(device.platform)
     local = attention.choose(form, platform=device.platform, num_tokens=experiment.num_tokens)
@@ -60,6 +61,8 @@ def build_model(experiment: Experiment) -> vit.ViT:
         kernel_size=experiment.geometry.kernel_size,
         num_classes=experiment.description.num_classes,
         drop_path=config.model.drop_path,
+        adapter_width=experiment.tuning.adapter_width,
+        adapter_scale=experiment.tuning.adapter_scale,
         dtype=config.model.dtype,
         attention=sharding.attention(mesh, local, num_tokens=experiment.num_tokens),
         remat=budget.remat(experiment, device),
@@ -67,15 +70,18 @@ def build_model(experiment: Experiment) -> vit.ViT:
     )
 
 
-def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None) -> programs.Recipe:
-    """What the device programs are made of; to train with balanced class weights it needs the `labels` [N, L] of the training split."""
+def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None, base: Any = None) -> programs.Recipe:
+    """What the device programs are made of, with the `base` of a plugin.
+
+    To train with balanced class weights it needs the `labels` [N, L] of the training split.
+    """
     config, description, network = experiment.config, experiment.description, experiment.network
     device, mesh = machine.device(), experiment.mesh
     model = build_model(experiment)
     train = config.train
     return programs.Recipe(
-        init=functools.partial(build.initialise, model, image_size=experiment.image_size, in_channels=config.model.in_channels),
-        apply=model.apply,
+        init=functools.partial(_initialise, experiment, model),
+        apply=adapters.applying(model.apply, experiment.tuning.lora),
         prepare=functools.partial(
             inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std, image_size=experiment.image_size
         ),
@@ -98,7 +104,16 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray |
         mixup=train.mixup,
         ema_decay=train.ema_decay,
         patience=train.patience,
+        tuning=experiment.tuning,
+        base=jax.tree.map(sharding.put, base or {}, sharding.state(mesh, base or {}, leading=0)),
     )
+
+
+def _initialise(experiment: Experiment, model: vit.ViT, key: jax.Array) -> Any:
+    """Fresh parameters, LoRA's included."""
+    params = build.initialise(model, key, image_size=experiment.image_size, in_channels=experiment.config.model.in_channels)
+    lora = experiment.tuning.lora
+    return params if lora is None else params | {"lora": adapters.fresh_lora(jax.random.fold_in(key, adapters.KEY), params, lora)}
 
 
 def learning_rate(experiment: Experiment, *, steps_per_epoch: int) -> Any:
@@ -140,7 +155,7 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
         signals = guard.Signals()
         if processes.count() > 1:  # of one alone, a signal may end it at once as long as there is nothing to save
             held.enter_context(signals)
-        dataset, start, report = _inputs(experiment, run_folder)
+        dataset, start = _inputs(experiment, run_folder)
         if processes.count() > 1:
             signals.check()
         processes.by_main(lambda: run_folder.create(config))
@@ -154,7 +169,7 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
             return finished
         run_folder.tidy()
         if not _begun(run_folder):
-            run_folder.write_model(experiment.network.record(report))
+            run_folder.write_model(dataclasses.replace(experiment.network, base=start.sha256).record(start.report))
         if all(split.examples is not None for split in dataset.splits.values()):
             run_folder.write_examples({name: split.examples for name, split in dataset.splits.items()})
         result = _train(experiment, run_folder, dataset=dataset, signals=signals, start=start)
@@ -162,18 +177,20 @@ def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
     return result
 
 
-def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, Any, Any]:
-    """The data, and parameters and report as `_start` gives them; InputError where the processes of a run have not the same."""
+def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sources.Dataset, starts.Start]:
+    """The data and what the run starts from; InputError where the processes of a run have not the same."""
     dataset = processes.main_first(experiment.load)
     if dataset.words and processes.is_main():
         print(f"vitmed: {dataset.words}", file=sys.stderr)
     processes.by_all(lambda: objective(experiment, dataset.splits["train"].labels))
-    start, report = processes.by_all(lambda: _start(experiment, run_folder))
+    start = processes.by_all(lambda: starts.of(experiment, begun=_begun(run_folder)))
+    if start.report is not None and processes.is_main():
+        print(f"vitmed: {experiment.network.weights.path.name}: {start.report}", file=sys.stderr)
     if processes.count() > 1:
         processes.same("settings", folder.digest(experiment.config.to_dict()))
         processes.same("data", _digest(array for split in dataset.splits.values() for array in (split.images, split.labels)))
-        processes.same("pretrained weights", _digest(jax.tree.leaves(start)))
-    return dataset, start, report
+        processes.same("pretrained weights", _digest(jax.tree.leaves((start.base, start.trained))))
+    return dataset, start
 
 
 def _digest(arrays: Iterable[Any]) -> str:
@@ -186,12 +203,12 @@ def _digest(arrays: Iterable[Any]) -> str:
 
 
 def _train(
-    experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, signals: guard.Signals, start: Any
+    experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, signals: guard.Signals, start: starts.Start
 ) -> dict[str, Any]:
     """Train, and write what a finished run leaves."""
     with _followed(experiment, run_folder) as observer:
         outcome = _outcome(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
-        result = record.leave(experiment, run_folder, dataset=dataset, outcome=outcome)
+        result = record.leave(experiment, run_folder, dataset=dataset, outcome=outcome, base=start.base)
         observer.finished(outcome.measured["test"], lambda: record.shown(run_folder))
     return result
 
@@ -205,12 +222,15 @@ def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.
     return writers.start(tracked.writers, run_folder.path, config=fields, seeds=experiment.seeds, **names)
 
 
-def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, **how: Any) -> loop.Outcome:
-    """Train to the end: `how` are signals, start and observer of `loop.train`."""
+def _outcome(
+    experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, start: starts.Start, **how: Any
+) -> loop.Outcome:
+    """Train to the end: `how` are signals and observer of `loop.train`."""
     config = experiment.config
     schedule = step_plan(experiment, len(dataset.splits["train"].labels))
+    labels = dataset.splits["train"].labels
     return loop.train(
-        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=dataset.splits["train"].labels),
+        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=labels, base=start.base),
         plan=schedule,
         dataset=dataset,
         run_folder=run_folder,
@@ -219,6 +239,7 @@ def _outcome(experiment: Experiment, run_folder: folder.RunFolder, *, dataset: s
         evaluation_batch_size=config.eval.batch_size,
         placement=config.data.placement,
         label=experiment.label,
+        start=start.trained,
         **how,
     )
 
@@ -239,18 +260,3 @@ def recorded_network(run_folder: folder.RunFolder) -> networks.Network | None:
 
 def _begun(run_folder: folder.RunFolder) -> bool:
     return processes.by_main(lambda: checkpoint.begun(run_folder.checkpoints))
-
-
-def _start(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[Any, Any]:
-    """(parameters to start from, report), or Nones where the run starts from scratch or goes on from a checkpoint."""
-    if not experiment.config.model.pretrained or _begun(run_folder):
-        return None, None
-    params, report = networks.starting_params(
-        experiment.network,
-        experiment.config,
-        **dataclasses.asdict(experiment.geometry),
-        num_classes=experiment.description.num_classes,
-    )
-    if processes.is_main():
-        print(f"vitmed: {experiment.network.weights.path.name}: {report}", file=sys.stderr)
-    return params, report

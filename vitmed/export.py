@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import __version__, cli, inference, network, planning
+from vitmed import __version__, cli, inference, network, planning, record
 from vitmed import config as config_lib
 from vitmed.data import medmnist, sources
-from vitmed.models import build, inputs, pretrained, snippets, stablehlo, weights
+from vitmed.models import adapters, build, inputs, pretrained, snippets, stablehlo, weights
 from vitmed.runs import files, folder, guard, machine
 from vitmed.study import card, collection
 from vitmed.training import tasks
@@ -45,18 +46,23 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--format", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make; one that exists must be empty")
     parser.add_argument("--seed", metavar="S", help="of this seed alone (default: of every one that has not failed)")
+    parser.add_argument("--base", metavar="FILE", help="the weights that a plugin stands on, where they do not lie where it was trained")
     parser.add_argument("--data_root", metavar="DIR", help="folder of .npz files, where it is not the one that the run used")
     return parser
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A finished run, checked, and the first images uint8 [n, *S, C] of its test split, as the set stores them."""
+    """A finished run, checked, and the first images uint8 [n, *S, C] of its test split, as the set stores them.
+
+    A plugin is `restored` with its base; of other runs each seed's file of weights is what is given away.
+    """
 
     run: collection.Run
     planned: planning.Experiment
     images: np.ndarray
     dataset: sources.Dataset
+    restored: inference.Restored | None = None
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -97,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     out, path = (pathlib.Path(name).expanduser() for name in (flags.out, flags.workdir))
     files.check_new_folder(out, f"--out={flags.out}")
     run = chosen(collection.read(path), flags.seed)
-    config = inference.restored_config(folder.RunFolder(path), flags.data_root)
+    config = inference.restored_config(folder.RunFolder(path), flags.data_root, flags.base)
     machine.cache_programs()
     with machine.memory_errors():
         source = read(run, config, flags.format)
@@ -130,10 +136,14 @@ def chosen(run: collection.Run, seed: str | None) -> collection.Run:
 def read(run: collection.Run, config: ml_collections.ConfigDict, kind: str) -> Source:
     """The run's network and test images; InputError where weights or data are not there, are others', or do not go into the format."""
     run_folder = folder.RunFolder(run.path)
-    for seed in run.seeds:
+    planned = planning.plan(config, network.of_record(run_folder.read_model(), str(run_folder.model)))
+    for seed in () if planned.tuning.frozen else run.seeds:
         if not run_folder.weights(seed).is_file():
             raise config_lib.InputError(f"{run_folder.weights(seed)} is missing; restore it from a copy")
-    planned = planning.plan(config, network.of_record(run_folder.read_model(), str(run_folder.model)))
+    if kind == "safetensors" and planned.tuning.adapter_width:
+        raise config_lib.InputError(
+            f"--format={kind}: {run.path} has adapters, which no other program's ViT has a place for; take stablehlo"
+        )
     if kind == "stablehlo":
         stablehlo.require_size(run.result["num_params"])
     dataset = planned.load(as_stored=True)  # a set that training inverts is inverted within the exported program
@@ -143,19 +153,23 @@ def read(run: collection.Run, config: ml_collections.ConfigDict, kind: str) -> S
         raise config_lib.InputError(f"{run.path}: trained on other data ({theirs}); give the folder of the right ones as --data_root")
     least, most = COMPARED
     count = max(least, min(most, int(COMPARED_GMACS / planned.gmacs_forward)))
-    return Source(run, planned, test.images[:count], dataset)
+    restored = inference.restore(run.path, planned, steps_per_epoch=1) if planned.tuning.frozen else None
+    return Source(run, planned, test.images[:count], dataset, restored)
 
 
 def export(source: Source, index: int, kind: str) -> tuple[bytes, str]:
     """(the file of one seed, how well it agrees in words): made, read back and compared with the run's predictions. InputError."""
     run, description = source.run, source.dataset.description
     path = folder.RunFolder(run.path).weights(run.seeds[index])
-    function = network_of(source, path)
+    if source.restored is not None:
+        path = folder.RunFolder(run.path).checkpoints
+        data, function = of_plugin(source, index, kind)
+    else:
+        data = files.read(path)
+        function = of_file(source, path)
     if kind == "stablehlo":
         data = stablehlo.pack(function, image_size=description.image_size, num_channels=description.num_channels)
         function = stablehlo.unpack(data)
-    else:
-        data = files.read(path)
     found, expected = np.asarray(function(source.images)), run.probabilities[index][: len(source.images)]
     difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
     if not difference <= source.tolerance:  # nor NaN
@@ -167,21 +181,44 @@ def export(source: Source, index: int, kind: str) -> tuple[bytes, str]:
     return data, words
 
 
-def network_of(source: Source, path: pathlib.Path) -> Callable[[Any], jax.Array]:
-    """Images uint8 [b, *S, C] -> probabilities [b, K], with the weights of a file."""
-    planned = source.planned
-    config, net, num_classes = planned.config, planned.network, planned.description.num_classes
+def of_plugin(source: Source, index: int, kind: str) -> tuple[bytes, Callable[[Any], jax.Array]]:
+    """(the file of weights, images uint8 -> probabilities) of one seed of a plugin, joined with its base; the file only where asked for."""
+    restored, seed = source.restored, source.run.seeds[index]
+    place = restored.planned.seeds.index(seed)
+    trained = jax.tree.map(lambda leaf: leaf[place], restored.params)
+    params = adapters.effective(adapters.join(restored.recipe.base, trained), source.planned.tuning.lora)
+    if kind != "safetensors":
+        return b"", network_of(source, params)
+    data = record.packed(source.planned, params, seed=seed, val_loss=source.run.result["val"]["loss"][place])
+    with tempfile.TemporaryDirectory() as there:
+        path = pathlib.Path(there) / "weights.safetensors"
+        path.write_bytes(data)
+        return data, of_file(source, path)
+
+
+def of_file(source: Source, path: pathlib.Path) -> Callable[[Any], jax.Array]:
+    """`network_of` the weights of a file; InputError where it is not of the run."""
+    config, net = source.planned.config, source.planned.network
     described = weights.describe(str(path), expected=net.architecture)
-    if described.num_classes != num_classes or described.in_channels != config.model.in_channels:
+    if described.num_classes != source.planned.description.num_classes or described.in_channels != config.model.in_channels:
         raise config_lib.InputError(f"{path}: is not of this run, by its classes or channels; restore it from a copy")
-    geometry = dataclasses.asdict(planned.geometry)
+    geometry = dataclasses.asdict(source.planned.geometry)
     loaded = dataclasses.replace(described, architecture=net.architecture)
     params, _ = pretrained.load(loaded, **geometry, num_classes=None, in_channels=config.model.in_channels)
+    return network_of(source, params)
+
+
+def network_of(source: Source, params: Any) -> Callable[[Any], jax.Array]:
+    """Images uint8 [b, *S, C] -> probabilities [b, K]."""
+    planned = source.planned
+    config, net = planned.config, planned.network
     module = build.model(
         net.architecture,
         patch_size=planned.patch_size,
         kernel_size=planned.geometry.kernel_size,
-        num_classes=num_classes,
+        num_classes=planned.description.num_classes,
+        adapter_width=planned.tuning.adapter_width,
+        adapter_scale=planned.tuning.adapter_scale,
         dtype=config.model.dtype,
         attention=stablehlo.attend(planned.num_tokens),
     )

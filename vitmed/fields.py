@@ -18,8 +18,13 @@ ADDED = {
     "data.split_seed": 0,
     "data.task": "auto",
     "data.window": "auto",
+    "model.adapter_scale": 0.1,
+    "model.adapter_width": 64,
     "model.attention": "auto",
     "model.kernel_size": [0],
+    "model.lora_alpha": 16.0,
+    "model.lora_rank": 8,
+    "model.lora_targets": "qkv,proj",
     "model.position_resize": "bicubic",
     "tracking.name": "",
     "tracking.project": "vitmed",
@@ -35,6 +40,7 @@ ADDED = {
     "train.remat": "auto",
     "train.sampler": "shuffled",
     "train.schedule": "step",
+    "train.tune": "all",
     "train.warmup_epochs": 0.0,
 }
 

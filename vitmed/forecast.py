@@ -20,10 +20,7 @@ UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def outline(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> experiment.Experiment:
     """`experiment.plan` without looking for pretrained weights: the variant's own architecture stands for theirs."""
-    bare = config.copy_and_resolve_references()
-    if config.model.pretrained:
-        bare.model.update(pretrained="", pooling=config.model.pooling if config.model.pooling in ("cls", "mean") else "auto")
-    return experiment.plan(bare, recorded)
+    return experiment.plan(config, recorded, look=False)
 
 
 def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None:

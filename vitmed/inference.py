@@ -17,8 +17,9 @@ import numpy as np
 from vitmed import budget, experiment
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
+from vitmed import start as starts
 from vitmed.data import preparation, streaming
-from vitmed.models import explain
+from vitmed.models import adapters, explain
 from vitmed.runs import checkpoint, folder, machine
 from vitmed.study import heatmaps, operating
 from vitmed.training import augment, loop, programs, step
@@ -73,8 +74,11 @@ class Restored:
         return (*self.planned.description.image_size, self.planned.description.num_channels)
 
 
-def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_collections.ConfigDict:
-    """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained."""
+def restored_config(run_folder: folder.RunFolder, data_root: str | None, base: str | None = None) -> ml_collections.ConfigDict:
+    """The config of a run, looking for its data in `data_root` where given; on one device, wherever the run was trained.
+
+    `base` is where the weights lie that its plugin stands on, if not where they were; InputError where it has no use for any.
+    """
     stored = config_lib.as_tuples(fields_lib.completed(run_folder.read_config()))
     fields_lib.conform(stored, f"{run_folder.path}: config.json")
     config = ml_collections.ConfigDict(stored)
@@ -82,6 +86,10 @@ def restored_config(run_folder: folder.RunFolder, data_root: str | None) -> ml_c
     config.tracking.writers = ""  # whose packages need not be here
     if data_root is not None:
         config.data.root = data_root
+    if base is not None:
+        if config.train.tune == "all":
+            raise config_lib.InputError(f"--base={base}: {run_folder.path} is no plugin, all its weights are its own; leave it out")
+        config.model.pretrained = base
     return config
 
 
@@ -95,7 +103,8 @@ def plan(path: pathlib.Path, config: ml_collections.ConfigDict) -> experiment.Ex
 
 def restore(path: pathlib.Path, planned: experiment.Experiment, *, steps_per_epoch: int) -> Restored:
     """A run with its best parameters and how far it has come; InputError where it has none yet."""
-    recipe = experiment.recipe(planned, steps_per_epoch=steps_per_epoch)
+    base = starts.of(planned, begun=True).base
+    recipe = experiment.recipe(planned, steps_per_epoch=steps_per_epoch, base=base)
     with checkpoint.Checkpoints(folder.RunFolder(path).checkpoints, read_only=True) as checkpoints:
         latest = checkpoints.latest()
         if latest is None:
@@ -108,9 +117,9 @@ def restore(path: pathlib.Path, planned: experiment.Experiment, *, steps_per_epo
     return Restored(path, planned, recipe, items["best"].params, progress)
 
 
-def open_run(path: pathlib.Path) -> Restored:
-    """A run to be used, its data left alone; InputError where it has no member that has not failed."""
-    planned = plan(path, restored_config(folder.RunFolder(path), None))
+def open_run(path: pathlib.Path, base: str | None = None) -> Restored:
+    """A run to be used, its data left alone; InputError where it has no member that has not failed. `base`: see `restored_config`."""
+    planned = plan(path, restored_config(folder.RunFolder(path), None, base))
     schedule = experiment.step_plan(planned, planned.description.num_examples["train"])
     run = restore(path, planned, steps_per_epoch=schedule.steps_per_epoch)
     if not run.seeds:
@@ -137,8 +146,9 @@ def predictor(run: Restored, *, batch_size: int, tta: str = "none") -> Predictio
     views = augment.views(run.planned.augmentation, tta)
     recipe, inverted = run.recipe, run.planned.config.data.invert
 
-    def predict(params: Any, images: jax.Array) -> jax.Array:
+    def predict(params: Any, base: Any, images: jax.Array) -> jax.Array:
         images = -images if inverted else images  # in uint8: (256 - x) mod 256
+        params = adapters.join(base, params)
 
         def of_view(view: jax.Array) -> jax.Array:
             return recipe.task.probabilities(recipe.apply({"params": params}, recipe.prepare(view)))
@@ -147,30 +157,32 @@ def predictor(run: Restored, *, batch_size: int, tta: str = "none") -> Predictio
         return jax.lax.map(of_view, seen).mean(axis=0)
 
     program = _compiled(run, predict, np.empty((batch_size, *run.shape), np.uint8))
-    return lambda images: np.asarray(program(run.members, _filled(images, batch_size)))[:, : len(images)]
+    return lambda images: np.asarray(program(_filled(images, batch_size)))[:, : len(images)]
 
 
 def explainer(run: Restored, *, method: str, batch_size: int) -> Heat:
     """Stored images uint8 [b, *S, C] and classes int [b] -> heat [b, *G] for these by one of `explain.METHODS`: the mean over members."""
     model, recipe, inverted = experiment.build_model(run.planned), run.recipe, run.planned.config.data.invert
 
-    def explained(params: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
+    def explained(params: Any, base: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
         prepared = recipe.prepare(-images if inverted else images)
+        params = adapters.effective(adapters.join(base, params), run.planned.tuning.lora)
         return explain.heat(model, params, prepared, classes, method=method)
 
     program = _compiled(run, explained, np.empty((batch_size, *run.shape), np.uint8), np.empty((batch_size,), np.int32))
 
     def heat(images: np.ndarray, classes: np.ndarray) -> np.ndarray:
-        found = program(run.members, _filled(images, batch_size), _filled(np.asarray(classes, np.int32), batch_size))
+        found = program(_filled(images, batch_size), _filled(np.asarray(classes, np.int32), batch_size))
         return np.asarray(found).mean(axis=0)[: len(images)]
 
     return heat
 
 
 def _compiled(run: Restored, function: Callable[..., jax.Array], *shared: np.ndarray) -> Callable[..., jax.Array]:
-    """`function` over the members, compiled for `shared` arrays of just these shapes."""
-    over = step.over_runs(function, mapped=run.recipe.mapped, shared=tuple(range(1, 1 + len(shared))))
-    return jax.jit(over).lower(run.members, *shared).compile()
+    """`function` of (parameters, base, ...) over the members, compiled for `shared` arrays of just these shapes: they are its arguments."""
+    over = step.over_runs(function, mapped=run.recipe.mapped, shared=tuple(range(1, 2 + len(shared))))
+    program = jax.jit(over).lower(run.members, run.recipe.base, *shared).compile()
+    return functools.partial(program, run.members, run.recipe.base)
 
 
 def _filled(array: np.ndarray, batch_size: int) -> np.ndarray:

@@ -28,6 +28,7 @@ class Network:
     std: tuple[float, ...]
     weights: weights_lib.Weights | None = None
     description: sources.Description | None = None  # of the data; None of a run that an older version recorded
+    base: str | None = None  # SHA-256 of the weights that a run whose base is frozen stands on, as it recorded it
 
     def record(self, report: pretrained.Report | None) -> dict[str, Any]:
         """What model.json says: enough to build the network again, and what became of the weights."""
@@ -36,6 +37,7 @@ class Network:
             "mean": self.mean,
             "std": self.std,
             "data": None if self.description is None else dataclasses.asdict(self.description),
+            "base": self.base,
             "weights": None
             if report is None
             else {"file": self.weights.path.name, **dataclasses.asdict(report), "loaded": len(report.loaded)},
@@ -57,11 +59,15 @@ def of_record(record: Mapping[str, Any], where: str) -> Network:
         description = None if data is None else sources.of_record(data)
     except (LookupError, TypeError, ValueError) as error:
         raise config_lib.InputError(f"{where} does not say what its data are; restore it from a copy or run into another folder") from error
-    return Network(build.Architecture(**said), tuple(record["mean"]), tuple(record["std"]), description=description)
+    mean, std = tuple(record["mean"]), tuple(record["std"])
+    return Network(build.Architecture(**said), mean, std, description=description, base=record.get("base"))
 
 
-def of_config(config: ml_collections.ConfigDict, description: sources.Description) -> Network:
-    """The network that a config asks for; weights are found, or downloaded, and their names and shapes read. InputError."""
+def of_config(config: ml_collections.ConfigDict, description: sources.Description, *, look: bool = True) -> Network:
+    """The network that a config asks for; weights are found, or downloaded, and their names and shapes read. InputError.
+
+    Without a `look` at weights, the variant's own architecture stands for theirs, with a pooling that it has.
+    """
     model = config.model
     config_lib.one_of("model.pooling", model.pooling, ("auto", *vit.POOLINGS))
     config_lib.one_of("model.inflation", model.inflation, resample.INFLATIONS)
@@ -75,8 +81,9 @@ def of_config(config: ml_collections.ConfigDict, description: sources.Descriptio
     mean, std = _normalisation(config, "mean", DEFAULT_MEAN), _normalisation(config, "std", DEFAULT_STD)
     config_lib.require(min(std) > 0, "model.std", std, "positive")
     variant = build.variant(model.variant)
-    if not model.pretrained:
-        return Network(build.pooled(variant, model.pooling), mean, std, description=description)
+    if not model.pretrained or not look:
+        own = model.pooling if look or model.pooling in ("cls", "mean", "attention") else "auto"
+        return Network(build.pooled(variant, own), mean, std, description=description)
     weights = weights_lib.describe(model.pretrained, expected=variant)
     if model.in_channels not in (1, weights.in_channels) and weights.in_channels != 1:
         raise config_lib.InputError(f"model.in_channels={model.in_channels}: {model.pretrained} is for {weights.in_channels} channels")

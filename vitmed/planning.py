@@ -12,7 +12,7 @@ from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import preparation, sources
-from vitmed.models import attention, vit
+from vitmed.models import adapters, attention, vit
 from vitmed.training import augment, sharding
 
 PLACEMENTS = ("auto", "device", "host")
@@ -29,6 +29,7 @@ class Experiment:
     seeds: tuple[int, ...]
     augmentation: augment.Augmentation
     tracked: checks.Tracked
+    tuning: adapters.Tuning
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -84,7 +85,7 @@ class Experiment:
     @property
     def gmacs_forward(self) -> float:
         """1e9 multiply-accumulates of one image's forward pass."""
-        return cost.gmacs_forward(**self.shape, attention_pool=self.network.architecture.pooling == "map")
+        return cost.gmacs_forward(**self.shape, pooling=self.network.architecture.pooling)
 
     @property
     def step_seconds(self) -> float:
@@ -110,10 +111,11 @@ class Experiment:
         return preparation.Preparation(data.rank, self.description.num_channels, data.size, data.spacing, data.window)
 
 
-def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None) -> Experiment:
+def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = None, *, look: bool = True) -> Experiment:
     """Check a config and describe its run; InputError for whatever does not fit, before data are read or devices are touched.
 
-    A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read.
+    A run that has begun brings the network that it has `recorded`; otherwise pretrained weights are found and their shapes read. Without
+    a `look` they are not: the variant's own architecture stands for theirs.
     """
     fields_lib.conform(config.to_dict(), "the config")
     own = checks.own_data(config)
@@ -131,12 +133,14 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     geometry = checks.geometry(config, description)
     checks.training(config)
     checks.objective(config, description)
+    network = recorded or networks.of_config(config, description, look=look)
     return Experiment(
         config=config,
         description=description,
         seeds=checks.seeds(config),
         augmentation=checks.augmentation(config, description.image_size),
         tracked=checks.tracked(config),
-        network=recorded or networks.of_config(config, description),
+        tuning=checks.tuning(config, depth=network.architecture.depth),
+        network=network,
         geometry=geometry,
     )

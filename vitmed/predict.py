@@ -45,6 +45,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--out", required=True, metavar="FILE", help="the CSV to write")
     parser.add_argument("--batch_size", default="auto", metavar="B", help="images at a time; auto: what suits the device (default)")
     parser.add_argument("--tta", default="none", metavar="KIND", help=f"test-time augmentation: {', '.join(augment.VIEWS)} (default: none)")
+    parser.add_argument("--base", metavar="FILE", help="the weights that a plugin stands on, where they do not lie where it was trained")
     parser.add_argument("--explain", metavar="METHOD", help=f"draw where the network looks: {', '.join(explain.METHODS)}")
     return parser
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         files.check_new_folder(pictures, f"--explain: {pictures}")
     machine.cache_programs()
     with machine.memory_errors(), guard.Signals() as signals:
-        runs = [inference.open_run(pathlib.Path(path).expanduser()) for path in flags.workdir]
+        runs = [inference.open_run(pathlib.Path(path).expanduser(), flags.base) for path in flags.workdir]
         inference.check_alike(runs)
         rank = runs[0].planned.description.rank
         if method and rank == 3:

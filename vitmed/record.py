@@ -15,25 +15,29 @@ from vitmed.training import loop
 
 
 def leave(
-    experiment: planning.Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, outcome: loop.Outcome
+    experiment: planning.Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, outcome: loop.Outcome, base: Any
 ) -> dict[str, Any]:
-    """Write all of it, result.json last, which then says that the rest is there; return what that says."""
+    """Write all of it, result.json last, which then says that the rest is there; return what that says.
+
+    Parameters of a frozen `base` are counted and not written: of a plugin the checkpoint is all that is kept.
+    """
     for split, predictions in outcome.predictions.items():
         labels = dataset.splits[split].labels
         run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-    write_weights(experiment, run_folder, outcome)
+    if not experiment.tuning.frozen:
+        write_weights(experiment, run_folder, outcome)
     task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
     run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
-    said = result(experiment, dataset, outcome)
+    said = result(experiment, dataset, outcome, num_frozen=sum(leaf.size for leaf in jax.tree.leaves(base)))
     run_folder.write_result(said)
     return said
 
 
-def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: loop.Outcome) -> dict[str, Any]:
+def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: loop.Outcome, *, num_frozen: int = 0) -> dict[str, Any]:
     """What result.json says of a finished run."""
     config, description, network = experiment.config, experiment.description, experiment.network
     examples = len(dataset.splits["train"].labels)
-    num_params = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
+    trainable = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
     return {
         "schema_version": folder.SCHEMA_VERSION,
         "dataset": description.name,
@@ -47,8 +51,8 @@ def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: l
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
         "num_tokens": experiment.num_tokens,
-        "num_params": num_params,
-        "num_trainable_params": num_params,
+        "num_params": trainable + num_frozen,
+        "num_trainable_params": trainable,
         "gmacs_forward": experiment.gmacs_forward,
         **{split: outcome.measured[split] for split in ("test", "val")},
         "best_epoch": outcome.best_epoch,
@@ -67,16 +71,22 @@ def write_weights(experiment: planning.Experiment, run_folder: folder.RunFolder,
     """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
     for index, seed in enumerate(experiment.seeds):
         if seed not in outcome.failed_seeds:
-            packed = exported.pack(
-                jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params),
-                architecture=experiment.network.architecture,
-                **dataclasses.asdict(experiment.geometry),
-                mean=experiment.network.mean,
-                std=experiment.network.std,
-                seed=seed,
-                val_loss=outcome.measured["val"]["loss"][index],
-            )
-            run_folder.write_weights(seed, packed)
+            params = jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params)
+            run_folder.write_weights(seed, packed(experiment, params, seed=seed, val_loss=outcome.measured["val"]["loss"][index]))
+
+
+def packed(experiment: planning.Experiment, params: Any, *, seed: int, val_loss: float) -> bytes:
+    """The .safetensors file of one seed's parameters."""
+    network = experiment.network
+    return exported.pack(
+        params,
+        architecture=network.architecture,
+        **dataclasses.asdict(experiment.geometry),
+        mean=network.mean,
+        std=network.std,
+        seed=seed,
+        val_loss=val_loss,
+    )
 
 
 def shown(run_folder: folder.RunFolder) -> tuple[Any, Any]:

@@ -20,8 +20,8 @@ class Architecture:
 
     `mlp_width` is the width of an MLP's hidden layer (of each half with `swiglu`); `prefix_positions` says whether CLS and registers have
     learned positions; `final_norm` normalises tokens before the pooling, `fc_norm` what comes out of it. `pooling` is `cls`, `mean` (over
-    patches), `map` (one query attends to the patches) or `distilled` (CLS and DeiT's distillation token, the only register, each with a
-    classifier).
+    patches), `map` (one query attends to the patches), `distilled` (CLS and DeiT's distillation token, the only register, each with a
+    classifier) or `attention` (as `map`, without its MLP, and never a part of pretrained weights but of a fine-tuned network's head).
     """
 
     width: int
@@ -72,7 +72,9 @@ def pooled(architecture: Architecture, pooling: str) -> Architecture:
         return architecture
     config.one_of("model.pooling", pooling, ("auto", *vit.POOLINGS))
     if pooling in ("map", "distilled"):
-        raise config.InputError(f"model.pooling={pooling}: only weights that have it can be pooled so; these allow auto, cls or mean")
+        raise config.InputError(
+            f"model.pooling={pooling}: only weights that have it can be pooled so; these allow auto, cls, mean, attention"
+        )
     if pooling == "cls" and not architecture.class_token:
         raise config.InputError("model.pooling=cls: the weights have no CLS token; take auto or mean")
     return dataclasses.replace(architecture, pooling=pooling)
@@ -85,6 +87,8 @@ def model(
     num_classes: int | None,
     kernel_size: tuple[int, ...] | None = None,
     drop_path: float = 0.0,
+    adapter_width: int = 0,
+    adapter_scale: float = 0.0,
     dtype: str = "float32",
     attention: attentions.Attention = attentions.plain,
     scanned: bool = False,
@@ -98,6 +102,8 @@ def model(
         num_classes=num_classes,
         kernel_size=kernel_size,
         drop_path=drop_path,
+        adapter_width=adapter_width,
+        adapter_scale=adapter_scale,
         dtype=DTYPES[dtype],
         attention=attention,
         scanned=scanned,

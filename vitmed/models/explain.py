@@ -47,7 +47,7 @@ def watch(model: vit.ViT, params: Any, images: jax.Array, *, first: int = 0, sca
         return tokens
 
     logits = watched.apply({"params": params}, images, encode=encode)
-    pool = kept.pop() if model.pooling == "map" else None
+    pool = kept.pop() if model.pooling in ("map", "attention") else None
     return Watched(logits, kept, pool)
 
 

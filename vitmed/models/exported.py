@@ -114,5 +114,6 @@ def of_run(path: pathlib.Path) -> pathlib.Path:
             f"{path}: no folder of a finished run (it holds no {RESULT}); finish it with vitmed.main, or choose another"
         )
     if not losses:
-        raise config.InputError(f"{path}: gives out no weights (it holds no {FOLDER}/*.safetensors): all its seeds failed; choose another")
+        why = "all its seeds failed, or it is a plugin of a frozen base, which vitmed.export joins to it"
+        raise config.InputError(f"{path}: gives out no weights (it holds no {FOLDER}/*.safetensors): {why}; choose another")
     return min(losses, key=lambda file: losses[file])

@@ -103,14 +103,31 @@ def drop_path_factors(key: jax.Array, rates: Sequence[float], batch_size: int) -
     return jax.random.bernoulli(key, kept, (len(rates), 2, batch_size)) / kept
 
 
+class Adapter(nn.Module):
+    """AdaptFormer's branch (arXiv 2205.13535): scale * up(relu(down(x))) through a bottleneck of `width`; `up` begins as zero."""
+
+    width: int
+    scale: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        down = nn.Dense(self.width, dtype=self.dtype, kernel_init=nn.initializers.he_uniform(), name="down")(tokens)
+        up = nn.Dense(tokens.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="up")(nn.relu(down))
+        return self.scale * up
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: attention and MLP, each on a residual branch."""
+    """Pre-norm transformer block: attention and MLP, each on a residual branch, and with an `adapter_width` a third beside the MLP."""
 
     num_heads: int
     mlp_width: int
     attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     swiglu: bool = False
     layer_scale: bool = False
+    adapter_width: int = 0
+    adapter_scale: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -121,8 +138,12 @@ class Block(nn.Module):
         """
         changed = Attention(self.num_heads, self.attention, self.dtype, name="attn")(self._norm(1, tokens), num_queries)
         tokens = tokens[:, :num_queries] + self._branch(1, changed, factors)
-        changed = MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp")(self._norm(2, tokens))
-        return tokens + self._branch(2, changed, factors)
+        normed = self._norm(2, tokens)
+        changed = MLP(self.mlp_width, self.swiglu, self.dtype, name="mlp")(normed)
+        after = tokens + self._branch(2, changed, factors)
+        if not self.adapter_width:
+            return after
+        return after + Adapter(self.adapter_width, self.adapter_scale, self.dtype, name="adapter")(normed)
 
     def _norm(self, number: int, tokens: jax.Array) -> jax.Array:
         return layer_norm(f"norm{number}", self.dtype)(tokens)
@@ -135,7 +156,10 @@ class Block(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to all tokens, an MLP follows ("map" pooling, arXiv 2106.04560; timm's AttentionPoolLatent)."""
+    """One learned query attends to all tokens, an MLP follows ("map" pooling, arXiv 2106.04560; timm's AttentionPoolLatent).
+
+    Without an `mlp_width` none does: what is attended to is projected, and that is all.
+    """
 
     num_heads: int
     mlp_width: int
@@ -153,4 +177,6 @@ class AttentionPool(nn.Module):
         k, v = jnp.moveaxis(kv.reshape(B, N, 2, *heads), 2, 0)
         mixed = self.attention(jnp.broadcast_to(q, (B, 1, *heads)), k, v).reshape(B, D)
         x = nn.Dense(D, dtype=self.dtype, kernel_init=linear_init, name="proj")(mixed)
+        if not self.mlp_width:
+            return x
         return x + MLP(self.mlp_width, dtype=self.dtype, name="mlp")(layer_norm("norm", self.dtype)(x))

@@ -23,7 +23,9 @@ from vitmed.models import weights as weights_lib
 
 # A tensor of these parts that the model has no place for changes what the network computes; others (a decoder, a mask token) do not.
 TRUNK = ("patch_embed", "blocks", "norm_pre")
+TOKENS = ("cls_token", "reg_token", "dist_token", "attn_pool.latent", "head_pool.latent")
 HEADS = ("head", "head_dist")
+FRESH = "head_pool"  # a part that only a fine-tuned network has: drawn where it is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,11 @@ def from_pretrained(
     print(f"vitmed: {weights.path.name}: {report}", file=sys.stderr)
     classes = weights.num_classes if num_classes is None else num_classes or None
     sizes = {"patch_size": tuple(patch_size), "kernel_size": kernel_size and tuple(kernel_size)}
-    return build.model(weights.architecture, **sizes, num_classes=classes), params
+    model = build.model(weights.architecture, **sizes, num_classes=classes)
+    if weights.architecture.pooling == "attention":  # whose pool is fresh where the file has none
+        fresh = build.initialise(model, jax.random.key(0), image_size=tuple(image_size), in_channels=in_channels)
+        params = {"head_pool": fresh["head_pool"]} | params
+    return model, params
 
 
 def load(
@@ -105,6 +111,7 @@ def load(
 ) -> tuple[Any, Report]:
     """Read the parameters for a model of any patch size and rank (2 or 3), and say what became of each tensor.
 
+    Of a pooling `attention` that the file does not have there are none: whoever trains draws them.
     Tensors are read, checked and converted one by one, so that little more than the parameters is held. InputError where anything but
     the classifier is missing, has another shape, or is not finite.
     """
@@ -126,6 +133,9 @@ def load(
             name = exported.timm_name(path, distilled="dist_token" in found)
             if not keep and path[0] in HEADS:
                 params[path] = jnp.zeros(leaf.shape, jnp.float32)
+                fresh.append(name)
+                continue
+            if name not in found and path[0] == FRESH:
                 fresh.append(name)
                 continue
             values = _read(weights.path, found, name)
@@ -170,7 +180,7 @@ def _read(path: pathlib.Path, found: names.Tensors, name: str) -> np.ndarray:
 
 def _turned(weights: weights_lib.Weights, values: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor in linen's layout: linear layers [in, out], tokens without the batch axis."""
-    if name in ("cls_token", "reg_token", "dist_token", "attn_pool.latent") and values.ndim == len(shape) + 1 and len(values) == 1:
+    if name in TOKENS and values.ndim == len(shape) + 1 and len(values) == 1:
         return values[0]
     if values.ndim != len(shape):
         raise config.InputError(f"{weights.path}: {name} has shape {list(values.shape)}; expected {len(shape)} axes")

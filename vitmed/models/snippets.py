@@ -91,9 +91,10 @@ class Form:
 
     @property
     def timm_has_it(self) -> bool:
-        """Whether timm has a model of this form: images, cut into patches that are the kernel's size, and one last norm."""
+        """Whether timm has a model of this form: images, cut into patches that are the kernel's size, one last norm, a pooling it knows."""
         norms = self.architecture.final_norm and self.architecture.fc_norm
-        return len(self.image_size) == 2 and self.kernel_size == self.patch_size and not norms
+        known = not norms and self.architecture.pooling != "attention"
+        return len(self.image_size) == 2 and self.kernel_size == self.patch_size and known
 
 
 def stablehlo(form: Form, file: str) -> str:

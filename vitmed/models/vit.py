@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from vitmed.models import attention as attentions
 from vitmed.models import layers
 
-POOLINGS = ("cls", "mean", "map", "distilled")
+POOLINGS = ("cls", "mean", "map", "distilled", "attention")
+STAGES = ("all", "features", "classify")
 REMATS = ("none", "attention", "blocks")
 
 
@@ -82,6 +83,8 @@ class ViT(nn.Module):
     pixels that a token is computed from, None for the patch's. `drop_path` rises linearly over depth to this rate. The other fields are
     those of `build.Architecture`, which says what they mean. Fresh parameters are drawn as timm draws them.
 
+    `adapter_width` and `adapter_scale` are those of `layers.Adapter` beside every MLP, which a width of 0 leaves out.
+
     `scanned` compiles one block and loops over the blocks' parameters; `remat` (one of REMATS) says what the backward pass computes again
     instead of keeping it. Within the blocks tokens are filled up to a multiple of `token_multiple`, for an `attention` that needs it and
     leaves the fillers out. None of these changes what is computed, nor the parameters' names.
@@ -103,6 +106,8 @@ class ViT(nn.Module):
     final_norm: bool = True
     fc_norm: bool = False
     drop_path: float = 0.0
+    adapter_width: int = 0
+    adapter_scale: float = 0.0
     dtype: Any = jnp.float32
     attention: attentions.Attention = attentions.plain
     scanned: bool = False
@@ -115,11 +120,17 @@ class ViT(nn.Module):
         return self.class_token + self.num_registers
 
     @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False, encode: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, encode: Callable[[jax.Array], jax.Array] | None = None, stage: str = "all"
+    ) -> jax.Array:
         """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0.
 
-        `encode` stands for the blocks where given: [B, prefix + N, D] -> the same, or the first `num_pooled_tokens` alone.
+        `encode` stands for the blocks where given: [B, prefix + N, D] -> the same, or the first `num_pooled_tokens` alone. The `stage`
+        (one of STAGES) `features` ends before what is fresh in a fine-tuned network, with [B, M, D] of what that looks at, and `classify`
+        begins there, with these for `images`.
         """
+        if stage == "classify":
+            return self._classify(images)
         tokens = self._embed(images)
         factors = None
         if train and self.drop_path:
@@ -128,7 +139,8 @@ class ViT(nn.Module):
         tokens = self._encode(tokens, factors) if encode is None else encode(tokens)
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
-        return self._classify(tokens)
+        seen = self._seen(tokens)
+        return seen if stage == "features" else self._classify(seen)
 
     @property
     def num_pooled_tokens(self) -> int | None:
@@ -173,7 +185,8 @@ class ViT(nn.Module):
         # Recomputing attention alone keeps its queries, keys and values. Within a scan nothing merges what is computed again with what was.
         attention = jax.checkpoint(self.attention, prevent_cse=False) if self.remat == "attention" else self.attention
         sizes = (self.num_heads, self.mlp_width, attention)
-        return layers.Block(*sizes, swiglu=self.swiglu, layer_scale=self.layer_scale, dtype=self.dtype, **where)
+        adapter = {"adapter_width": self.adapter_width, "adapter_scale": self.adapter_scale}
+        return layers.Block(*sizes, swiglu=self.swiglu, layer_scale=self.layer_scale, **adapter, dtype=self.dtype, **where)
 
     def _scan(self, apply: Callable[..., jax.Array], parts: list[tuple[Any, jax.Array | None]], tokens: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D] through blocks of these (parameters, drop-path factors), stacked and each used in turn by one loop.
@@ -207,19 +220,29 @@ class ViT(nn.Module):
             return jnp.concatenate([*prefix, tokens], axis=1) + positions
         return jnp.concatenate([*prefix, tokens + positions], axis=1)
 
-    def _classify(self, tokens: jax.Array) -> jax.Array:
-        """[B, prefix + N, D] -> logits [B, num_classes], or features [B, D]."""
+    def _seen(self, tokens: jax.Array) -> jax.Array:
+        """[B, prefix + N, D] -> [B, M, D]: what is classified, M = 1; both tokens of DeiT's; the patches where a fresh pool follows."""
         patches = tokens[:, self.num_prefix_tokens :]
+        if self.pooling == "attention":
+            return patches
         if self.pooling == "map":
             pool = layers.AttentionPool(self.num_heads, self.mlp_width, self.attention, self.dtype, name="attn_pool")
-            pooled = pool(patches).astype(jnp.float32)
+            pooled = pool(patches).astype(jnp.float32)[:, None]
         elif self.pooling == "mean":
-            pooled = patches.mean(axis=1, dtype=jnp.float32)
+            pooled = patches.mean(axis=1, dtype=jnp.float32, keepdims=True)
         else:
-            pooled = tokens[:, 0].astype(jnp.float32)
+            pooled = tokens[:, : self.num_pooled_tokens].astype(jnp.float32)
+        return pooled
+
+    def _classify(self, seen: jax.Array) -> jax.Array:
+        """[B, M, D] -> logits [B, num_classes], or features [B, D]."""
+        if self.pooling == "attention":
+            pool = layers.AttentionPool(self.num_heads, 0, self.attention, self.dtype, name="head_pool")
+            seen = pool(seen.astype(self.dtype)).astype(jnp.float32)[:, None]
+        pooled = seen[:, 0]
         if self.fc_norm:
             pooled = layers.layer_norm("fc_norm", jnp.float32)(pooled)
-        distilled = tokens[:, 1].astype(jnp.float32) if self.pooling == "distilled" else None
+        distilled = seen[:, 1] if self.pooling == "distilled" else None
         if self.num_classes is None:
             return pooled if distilled is None else (pooled + distilled) / 2
         logits = nn.Dense(self.num_classes, kernel_init=layers.linear_init, name="head")(pooled)

@@ -4,9 +4,12 @@ Shapes: `*P` pixels of a patch, `*G` grid of patches, `C` channels, `D` width, `
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import re
+
+import numpy as np
 
 from vitmed import config
 from vitmed.models import build, exported, hub, names, tensors
@@ -39,6 +42,17 @@ def preprocessing(path_or_name: str) -> tuple[tuple[float, ...], tuple[float, ..
     return (tuple(own["mean"]), tuple(own["std"])) if own else hub.preprocessing(path_or_name)
 
 
+def digest(weights: "Weights") -> str:
+    """SHA-256 of all tensors but the classifier's, by timm's names, as float32: the same for the same network in any form of file."""
+    sha = hashlib.sha256()
+    with tensors.opened(weights.path) as file:
+        for name, tensor in sorted(names.to_timm(file.tensors).items()):
+            if not name.startswith("head"):
+                sha.update(f"{name} {tensor.shape}".encode())
+                sha.update(np.ascontiguousarray(tensor.read()).data)
+    return sha.hexdigest()
+
+
 def describe(path_or_name: str, *, num_heads: int | None = None, expected: build.Architecture | None = None) -> Weights:
     """What the weights are, without reading them; InputError where they are no ViT's, or of a form that is not known here.
 
@@ -63,7 +77,7 @@ def describe(path_or_name: str, *, num_heads: int | None = None, expected: build
         _check_sizes(path, width, _depth(found), expected)
         num_heads = expected.num_heads
     architecture = _architecture(path, found, _num_heads(path, width, known=known_heads, given=num_heads))
-    if own and own["pooling"] in ("cls", "mean"):  # both have the same tensors
+    if own and own["pooling"] in ("cls", "mean", "attention"):  # all of these have the same tensors but for the pool of a head
         architecture = dataclasses.replace(architecture, pooling=own["pooling"])
     known_grid = exported.grid(own, tuple(kernel_size), path) if own else None
     grid, num_positions = _grid(path, found[POSITIONS].shape, architecture, known_grid, len(kernel_size))

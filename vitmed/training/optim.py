@@ -73,9 +73,9 @@ def layer_scale(names: tuple[str, ...], *, depth: int, layer_decay: float) -> fl
 
 
 def _scaled_by_layer(updates: Any, layer_decay: float) -> Any:
-    """Updates of a tree of parameters, each times its layer's scale; the depth is the number of blocks found in it."""
+    """Updates of a tree of parameters, each times its layer's scale; the depth is the number of blocks, of which the last is in it."""
     paths = [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-    depth = len({name for names in paths for name in names if BLOCK.fullmatch(name)})
+    depth = 1 + max((int(found.group(1)) for names in paths for name in names if (found := BLOCK.fullmatch(name))), default=-1)
     scales = [layer_scale(names, depth=depth, layer_decay=layer_decay) for names in paths]
     leaves, structure = jax.tree.flatten(updates)
     return jax.tree.unflatten(structure, [scale * leaf for scale, leaf in zip(scales, leaves, strict=True)])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from vitmed.models import adapters
 from vitmed.training import augment, sharding, step, tasks
 
 # Tokens that go through the model at a time on a CPU, so that caches hold a block's activations: of 400 to 1,600 the fastest for ViT-Ti.
@@ -38,8 +39,9 @@ def micro_batch_size(platform: str, *, batch_size: int, num_tokens: int, parts: 
 class Recipe:
     """What is trained and how: pure functions and plain values, nothing of files or configs.
 
-    `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `mapped` takes the runs one
-    after another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup` and `ema_decay` (0: there
+    `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `tuning` says which of
+    the parameters are trained; the others are the `base`, which all runs share, already on the devices. `mapped` takes the runs one after
+    another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup` and `ema_decay` (0: there
     is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s.
     """
 
@@ -57,13 +59,18 @@ class Recipe:
     mixup: float = 0.0
     ema_decay: float = 0.0
     patience: int = 0
+    tuning: adapters.Tuning = adapters.ALL
+    base: Any = dataclasses.field(default_factory=dict)
 
-    def create(self, seeds: jax.Array, start: Any = None) -> tuple[step.TrainState, step.Best]:
-        """The state [R, ...] of seeds [R] before the first step, as a function to trace; `start`: parameters, the same for all runs."""
+    def create(self, seeds: jax.Array, start: Any = None, *, complete: bool = False) -> tuple[step.TrainState, step.Best]:
+        """The state [R, ...] of seeds [R] before the first step, as a function to trace; `start`: parameters, the same for all runs.
+
+        What is trained and not in `start` is drawn, all of it where that is None and nothing where it is `complete`.
+        """
 
         def one(seed: jax.Array, start: Any) -> tuple[step.TrainState, step.Best]:
-            params = self.init(jax.random.key(seed)) if start is None else start
-            return step.create(params, self.optimizer, averaged=self.ema_decay > 0)
+            drawn = {} if complete else adapters.split(self.init(jax.random.key(seed)), self.tuning)[1]
+            return step.create(adapters.join(drawn, start or {}), self.optimizer, averaged=self.ema_decay > 0)
 
         return step.over_runs(one, mapped=self.mapped, shared=(1,))(seeds, start)
 
@@ -82,7 +89,8 @@ class Recipe:
 def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Best]:
     """The state before the first step, made where it will live: from `start`, or from fresh parameters by seed where it is None."""
     places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract)
-    return jax.jit(recipe.create, out_shardings=places)(recipe.seed_array(), start)
+    complete = jax.tree.structure(start) == jax.tree.structure(recipe.abstract[0].params)
+    return jax.jit(functools.partial(recipe.create, complete=complete), out_shardings=places)(recipe.seed_array(), start)
 
 
 def compile_chunk(
@@ -114,16 +122,16 @@ def compile_chunk(
     shapes = {name: jax.ShapeDtypeStruct((*array.shape[:2], batch_size, *array.shape[3:]), array.dtype) for name, array in batches.items()}
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    arguments = (places, everywhere, split, everywhere, everywhere)
+    arguments = (places, everywhere, split, everywhere, everywhere, _places(recipe.base))
     jitted = jax.jit(make, in_shardings=arguments, out_shardings=(places, everywhere), donate_argnums=0)
     seeds = sharding.put(recipe.seed_array(), everywhere)
     started = time.perf_counter()
-    compiled = jitted.lower(state, seeds, shapes, jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident)).compile()
+    compiled = jitted.lower(state, seeds, shapes, jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident), recipe.base).compile()
     seconds = time.perf_counter() - started
 
     def program(state: step.TrainState, batches: Any, num_steps: int, resident: Any) -> tuple[step.TrainState, jax.Array]:
         placed = sharding.put(batches, split, axis=2, batch_size=batch_size)
-        return compiled(state, seeds, placed, sharding.put(np.int32(num_steps), everywhere), resident)
+        return compiled(state, seeds, placed, sharding.put(np.int32(num_steps), everywhere), resident, recipe.base)
 
     program.memory = compiled.memory_analysis()
     return program, seconds
@@ -140,14 +148,20 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
     split = sharding.batch(recipe.mesh, axis=0)
     places = jax.tree.map(lambda leaf: leaf.sharding, best.params)
     jitted = jax.jit(
-        step.over_runs(predict, mapped=recipe.mapped, shared=(1,)), in_shardings=(places, split), out_shardings=(everywhere, everywhere)
+        step.over_runs(predict, mapped=recipe.mapped, shared=(1, 2)),
+        in_shardings=(places, split, _places(recipe.base)),
+        out_shardings=(everywhere, everywhere),
     )
     started = time.perf_counter()
     arrays = {"images": images, "labels": labels}
     batch = {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
-    compiled = jitted.lower(best.params, batch).compile()
+    compiled = jitted.lower(best.params, batch, recipe.base).compile()
     seconds = time.perf_counter() - started
-    return lambda params, batch: compiled(params, sharding.put(batch, split, axis=0, batch_size=batch_size)), seconds
+
+    def program(params: Any, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        return compiled(params, sharding.put(batch, split, axis=0, batch_size=batch_size), recipe.base)
+
+    return program, seconds
 
 
 def whole(recipe: Recipe, arrays: Any) -> Any:
@@ -165,6 +179,10 @@ def keep_best(recipe: Recipe) -> Callable[[step.Best, step.TrainState, np.ndarra
     runs = step.over_runs(functools.partial(step.keep_best, patience=recipe.patience), mapped=False, shared=(3,))
     jitted = jax.jit(runs, out_shardings=places, donate_argnums=0)
     return lambda best, state, losses, epoch: jitted(best, state, np.asarray(losses, np.float32), np.int32(epoch))
+
+
+def _places(arrays: Any) -> Any:
+    return jax.tree.map(lambda array: array.sharding, arrays)
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

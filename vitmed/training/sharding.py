@@ -111,17 +111,20 @@ def put(arrays: Any, place: NamedSharding, *, axis: int | None = None, batch_siz
     return jax.tree.map(one, arrays)
 
 
-def state(mesh: Mesh, shapes: Any) -> Any:
-    """Shardings of a pytree [R, ...]: the last largest axis that `fsdp` divides is split, small arrays and R are not."""
+def state(mesh: Mesh, shapes: Any, *, leading: int = 1) -> Any:
+    """Shardings of a pytree [R, ...]: the last largest axis that `fsdp` divides is split, small arrays and R are not.
+
+    `leading` axes stand before a parameter's own: R alone, or none where all runs share it.
+    """
     parts = mesh.shape["fsdp"]
 
     def of(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        own = leaf.shape[1:]
+        own = leaf.shape[leading:]
         axes = [axis for axis, size in enumerate(own) if size % parts == 0]
         if parts == 1 or not axes or math.prod(own) < SMALLEST_SHARDED:
             return replicated(mesh)
         widest = max(axes, key=lambda axis: (own[axis], axis))
-        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == widest + 1 else None for axis in range(len(leaf.shape)))))
+        return NamedSharding(mesh, PartitionSpec(*("fsdp" if axis == widest + leading else None for axis in range(len(leaf.shape)))))
 
     return jax.tree.map(of, shapes)
 

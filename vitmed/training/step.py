@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vitmed.models import adapters
 from vitmed.training import augment, tasks
 
 ALIVE = -1  # in `failed_at`: no step has failed
@@ -67,6 +68,7 @@ def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     seed: jax.Array,
+    base: Any = None,
     *,
     apply: Callable[..., jax.Array],
     prepare: Callable[..., jax.Array],
@@ -80,6 +82,7 @@ def train_step(
 ) -> tuple[TrainState, jax.Array]:
     """One step of one run: batch {images uint8 [B, *S, C], labels [B, L], mask [B]} -> (state, loss).
 
+    `apply` takes the parameters of `base`, which stay as they are, and of the state together; without a frozen base there are none.
     `micro_batch_size` images (a divisor of B; None: all) go through the model at a time, and their gradients are summed: less memory, and
     where caches are small less time, for the same step. `objective` is what is minimised, None for the mean of the task's own loss; with
     `mixup` (`augment.mix`'s alpha) its targets must be numbers. The average of an AveragedState becomes `ema_decay` times itself and the
@@ -99,7 +102,7 @@ def train_step(
     total = objective.total(targets, batch["mask"])
 
     def loss_of(params: Any, part: dict[str, jax.Array], drop_key: jax.Array) -> jax.Array:
-        logits = apply({"params": params}, part["images"], train=True, rngs={"drop_path": drop_key})
+        logits = apply({"params": adapters.join(base, params)}, part["images"], train=True, rngs={"drop_path": drop_key})
         return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total)
 
     prepared = {**batch, "images": images, "labels": targets}
@@ -144,13 +147,14 @@ def _accumulate(
 def predict_step(
     params: Any,
     batch: dict[str, jax.Array],
+    base: Any = None,
     *,
     apply: Callable[..., jax.Array],
     prepare: Callable[..., jax.Array],
     task: tasks.Task,
 ) -> tuple[jax.Array, jax.Array]:
     """One batch through one run's model: (probabilities [B, K], loss of each example [B]), both float32."""
-    logits = apply({"params": params}, prepare(batch["images"]))
+    logits = apply({"params": adapters.join(base, params)}, prepare(batch["images"]))
     return task.probabilities(logits), task.loss(logits, batch["labels"])
 
 
@@ -189,6 +193,7 @@ def chunk(
     batches: dict[str, jax.Array],
     num_steps: jax.Array,
     resident: dict[str, jax.Array],
+    base: Any = None,
     *,
     train_step: Callable[..., tuple[TrainState, jax.Array]],
 ) -> tuple[TrainState, jax.Array]:
@@ -205,12 +210,12 @@ def chunk(
         if resident:
             indices = batch.pop("indices")
             batch |= {name: jnp.take(array, indices, axis=0) for name, array in resident.items()}
-        state, loss = train_step(state, batch, seed)
+        state, loss = train_step(state, batch, seed, base)
         return state, losses.at[index].set(loss)
 
     return jax.lax.fori_loop(0, num_steps, body, (state, jnp.full((capacity,), jnp.nan)))
 
 
 def make_chunk(train_step: Callable[..., tuple[TrainState, jax.Array]], *, mapped: bool) -> Callable[..., tuple[TrainState, jax.Array]]:
-    """The chunk over all runs: (state, seeds [R], batches [R, K, B, ...], num_steps, resident) -> (state, losses [R, K])."""
-    return over_runs(functools.partial(chunk, train_step=train_step), mapped=mapped, shared=(3, 4))
+    """The chunk over all runs: (state, seeds [R], batches [R, K, B, ...], num_steps, resident, base) -> (state, losses [R, K])."""
+    return over_runs(functools.partial(chunk, train_step=train_step), mapped=mapped, shared=(3, 4, 5))
