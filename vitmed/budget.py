@@ -7,7 +7,7 @@ import math
 
 from vitmed import config as config_lib
 from vitmed import cost, planning
-from vitmed.models import attention
+from vitmed.models import adapters, attention
 from vitmed.runs import machine
 from vitmed.training import loop, programs, sharding
 
@@ -61,6 +61,7 @@ def memory(planned: planning.Experiment, device: machine.Device, *, images: int 
 def _memory(planned: planning.Experiment, device: machine.Device, remat: str, images: int | None) -> cost.Memory:
     config, architecture, shape = planned.config, planned.network.architecture, planned.shape
     sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
+    sizes["depth"] = adapters.differentiated(planned.tuning, architecture.depth)
     activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
     split, sequence = parts(planned, device), max(1, config.mesh.sequence)
@@ -69,7 +70,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     gathered = blocks * 2 * planned.num_tokens * architecture.width if sequence > 1 else 0
     activations = cost.Activations(*(math.ceil(numbers / sequence) for numbers in activations))
     activations = activations._replace(linear=activations.linear + gathered)
-    params = math.ceil(cost.num_params(**shape) / max(1, config.mesh.fsdp))
+    params, base = (math.ceil(count / max(1, config.mesh.fsdp)) for count in _trained_and_base(planned))
     images = images or micro_batch_size(planned, device)
     whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
     waiting = (params + whole) * cost.BYTES_OF_A_PARAMETER if images < config.train.batch_size else 0
@@ -87,7 +88,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
         scanned=remat != "none",
         averaged=config.train.ema_decay > 0,
         bytes_per_activation=2 if config.model.dtype == "bfloat16" else 4,
-        split_bytes=_resident_bytes(planned, device),
+        split_bytes=_resident_bytes(planned, device) + base * cost.BYTES_OF_A_PARAMETER,
         waiting_bytes=waiting + (0 if keeps else 2 * cost.BYTES_OF_A_SCORE * _scores(planned, device, at_once)),
     )
     if device.platform == "cpu":
@@ -116,13 +117,19 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
     if device.memory_bytes is None:
         return most
-    state = members * cost.num_params(**planned.shape) * cost.BYTES_OF_A_PARAMETER
+    trained, base = _trained_and_base(planned)
+    state = (members * trained + base) * cost.BYTES_OF_A_PARAMETER
     room = device.memory_bytes / 2 - state
     if each > room:
         shown = f"{each / 1e9:,.1f} GB with {planned.num_tokens:,} tokens, and {device.name} has {max(room, 0) / 1e9:,.1f} GB for it"
         mend = "take --explain=gradient, or none" if method else "predict on a device with more memory"
         raise config_lib.InputError(f"a single image is likely to take {shown}; {mend}")
     return min(most, 2 ** int(math.log2(room / each)))
+
+
+def _trained_and_base(planned: planning.Experiment) -> tuple[int, int]:
+    """Parameters of each seed and those that all seeds share."""
+    return planned.num_trained_params, cost.num_params(**planned.shape) if planned.tuning.frozen else 0
 
 
 def _scores(planned: planning.Experiment, device: machine.Device, images: int) -> int:

@@ -87,11 +87,16 @@ def num_params(
     """
     tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
     embedding = (math.prod(kernel_size or patch_size) * in_channels + 1) * width
+    blocks = depth * block_params(width, mlp_width, swiglu=swiglu)
+    head = (width + 1) * num_classes
+    return embedding + (num_prefix_tokens + tokens) * width + blocks + 2 * width + head
+
+
+def block_params(width: int, mlp_width: int, *, swiglu: bool = False) -> int:
+    """Return the parameters of one block: two norms, attention, MLP."""
     attention = (width + 1) * 3 * width + (width + 1) * width
     mlp = (width + 1) * mlp_width * (1 + swiglu) + (mlp_width + 1) * width
-    norm = 2 * width
-    head = (width + 1) * num_classes
-    return embedding + (num_prefix_tokens + tokens) * width + depth * (2 * norm + attention + mlp) + norm + head
+    return 2 * 2 * width + attention + mlp
 
 
 def gmacs_forward(
@@ -220,9 +225,12 @@ def prediction_memory(num_tokens: int, width: int, block_attention_weights: int,
     return 14 * num_tokens * width * bytes_per_activation + 2 * block_attention_weights * BYTES_OF_A_SCORE
 
 
-def step_seconds(*, gmacs_forward: float, num_params: int, batch_size: int, num_runs: int) -> float:
-    """Return roughly what a training step of all runs takes on two slow cores: for proportions between runs, not for promises."""
-    arithmetic = 3 * gmacs_forward * batch_size * num_runs / GMACS_PER_SECOND
+def step_seconds(*, gmacs_forward: float, num_params: int, batch_size: int, num_runs: int, passes: float = 3.0) -> float:
+    """Return roughly what a training step of all runs takes on two slow cores: for proportions between runs, not for promises.
+
+    `passes` are forward passes that forward and backward pass together cost; `num_params` are those that are trained.
+    """
+    arithmetic = passes * gmacs_forward * batch_size * num_runs / GMACS_PER_SECOND
     # An AdamW step reads and writes about eight arrays of the parameters' size.
     memory = 8 * BYTES_OF_A_PARAMETER * num_params * num_runs / PARAMETER_BYTES_PER_SECOND
     return arithmetic + memory

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import budget, planning, record
+from vitmed import budget, features, planning, record
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
@@ -223,25 +223,34 @@ def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.
 
 
 def _outcome(
-    experiment: Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, start: starts.Start, **how: Any
+    experiment: Experiment,
+    run_folder: folder.RunFolder,
+    *,
+    dataset: sources.Dataset,
+    signals: guard.Signals,
+    start: starts.Start,
+    observer: tracking.Observer,
 ) -> loop.Outcome:
-    """Train to the end: `how` are signals and observer of `loop.train`."""
-    config = experiment.config
-    schedule = step_plan(experiment, len(dataset.splits["train"].labels))
-    labels = dataset.splits["train"].labels
-    return loop.train(
-        recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=labels, base=start.base),
+    """Train to the end, from features where they are the same in every epoch."""
+    config, labels = experiment.config, dataset.splits["train"].labels
+    schedule = step_plan(experiment, len(labels))
+    made = recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=labels, base=start.base)
+    kept = features.cached(experiment, made, dataset, check=signals.check)
+    outcome = loop.train(
+        kept.recipe if kept else made,
         plan=schedule,
-        dataset=dataset,
+        dataset=kept.dataset if kept else dataset,
         run_folder=run_folder,
+        signals=signals,
         learning_rate=learning_rate(experiment, steps_per_epoch=schedule.steps_per_epoch),
         checkpoint_seconds=config.train.checkpoint_seconds,
         evaluation_batch_size=config.eval.batch_size,
         placement=config.data.placement,
         label=experiment.label,
         start=start.trained,
-        **how,
+        observer=observer,
     )
+    return kept.counted(outcome) if kept else outcome
 
 
 def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:

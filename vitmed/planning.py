@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -90,8 +91,21 @@ class Experiment:
     @property
     def step_seconds(self) -> float:
         """Roughly what a training step of all runs takes, by arithmetic."""
-        sizes = {"num_params": cost.num_params(**self.shape), "batch_size": self.config.train.batch_size}
-        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), **sizes)
+        sizes = {"num_params": self.num_trained_params, "batch_size": self.config.train.batch_size}
+        passes = adapters.passes(self.tuning, self.network.architecture.depth)
+        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), passes=passes, **sizes)
+
+    @property
+    def num_trained_params(self) -> int:
+        """The parameters of one seed that are trained, by arithmetic: those that an optimiser state is kept of."""
+        if not self.tuning.frozen:
+            return cost.num_params(**self.shape)
+        one = self.network.architecture
+        head = (one.width + 1) * self.description.num_classes * (2 if one.pooling == "distilled" else 1)
+        pool = 4 * (one.width + 1) * one.width + one.width if one.pooling == "attention" else 0
+        sizes = {name: getattr(one, name) for name in ("width", "depth", "mlp_width", "swiglu")}
+        embedded = math.prod(self.geometry.kernel_size) * self.config.model.in_channels
+        return head + pool + adapters.num_trained(self.tuning, **sizes, embedded=embedded)
 
     @property
     def label(self) -> str:
@@ -133,14 +147,11 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     geometry = checks.geometry(config, description)
     checks.training(config)
     checks.objective(config, description)
-    network = recorded or networks.of_config(config, description, look=look)
-    return Experiment(
-        config=config,
-        description=description,
-        seeds=checks.seeds(config),
-        augmentation=checks.augmentation(config, description.image_size),
-        tracked=checks.tracked(config),
-        tuning=checks.tuning(config, depth=network.architecture.depth),
-        network=network,
-        geometry=geometry,
-    )
+    checked = {
+        "seeds": checks.seeds(config),
+        "augmentation": checks.augmentation(config, description.image_size),
+        "tracked": checks.tracked(config),
+    }
+    network = recorded or networks.of_config(config, description, look=look)  # last: it looks for files
+    tuning = checks.tuning(config, depth=network.architecture.depth)
+    return Experiment(config=config, description=description, geometry=geometry, network=network, tuning=tuning, **checked)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from vitmed import config
+from vitmed import config, cost
 
 TUNES = ("all", "head", "last", "lora", "adaptformer")
 QKV = ("q", "k", "v")  # LoRA knows the three thirds of one product as layers
@@ -177,9 +177,30 @@ def applying(apply: Callable[..., Any], lora: Lora | None) -> Callable[..., Any]
     return lambda variables, *inputs, **how: apply({"params": effective(variables["params"], lora)}, *inputs, **how)
 
 
-# --- counts ---------------------------------------------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------------------------------------
 
 
-def num_trainable(tuning: Tuning, shapes: Any) -> int:
-    """Parameters that are trained, of a tree of arrays or shapes (of one seed)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(split(shapes, tuning)[1]))
+def num_trained(tuning: Tuning, *, width: int, depth: int, mlp_width: int, swiglu: bool, embedded: int) -> int:
+    """Parameters that are trained on a frozen base besides the head; `embedded` are the numbers of a patch."""
+    if tuning.name == "last":
+        return tuning.blocks * cost.block_params(width, mlp_width, swiglu=swiglu) + 2 * width
+    if tuning.lora is not None:
+        sizes = {"fc1": width + mlp_width * (1 + swiglu), "fc2": mlp_width + width, "patch_embed": embedded + width}
+        return tuning.lora.rank * sum(sizes.get(layer[-1], 2 * width) for layer in lora_layers(depth, tuning.lora.targets))
+    return depth * (2 * width * tuning.adapter_width + tuning.adapter_width + width) if tuning.adapter_width else 0
+
+
+def passes(tuning: Tuning, depth: int) -> float:
+    """Forward passes that a training step costs: three where all is trained, two thirds of which are the backward pass.
+
+    Of a frozen layer the backward pass computes the gradient of its input alone, and nothing of layers below the first that is trained;
+    LoRA on the weights computes in a target the gradient of its kernel.
+    """
+    if tuning.lora is not None:
+        return 2 + len(lora_layers(depth, tuning.lora.targets)) / (1 + depth * len(LAYERS))
+    return {"all": 3.0, "head": 1.0, "last": 1 + 2 * tuning.blocks / depth, "adaptformer": 2.0}[tuning.name]
+
+
+def differentiated(tuning: Tuning, depth: int) -> int:
+    """Blocks that a backward pass goes through."""
+    return {"head": 0, "last": tuning.blocks}.get(tuning.name, depth)

@@ -40,6 +40,11 @@ class Augmentation:
     contrast: float = 0.0
 
     @property
+    def acts(self) -> bool:
+        """Whether anything does."""
+        return bool(self.resamples or self.flip_h or self.flip_w or self.quarter_turns or self.brightness or self.contrast)
+
+    @property
     def crops(self) -> bool:
         """Whether a crop is drawn; without one the whole image is kept, also where it is not quite square."""
         return self.crop_scale != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0)
