@@ -1,5 +1,6 @@
 """Ways to fine-tune: what is trained and what stays, LoRA's arithmetic, plugins and their bases, features computed once."""
 
+import csv
 import json
 import math
 import shutil
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import traverse_util
+from PIL import Image
 from test_pretrained_runs import VIT2D, VIT3D, tensors_of_a_micro_model
 
-from vitmed import cli, config, evaluate, experiment, export, features, main, models, predict
+from vitmed import cli, config, evaluate, experiment, export, features, inference, main, models, predict
 from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build
@@ -61,7 +63,7 @@ def stepped(recipe, state, images, labels, *, steps=3):
 
 @pytest.fixture(scope="module")
 def examples():
-    split = sources.load("phantom2d", size=(28,), root="", verify=True, invert=False, own=None).splits["train"]
+    split = sources.load("phantom2d", size=28).splits["train"]
     return split.images[:8], split.labels[:8]
 
 
@@ -251,16 +253,53 @@ def test_a_plugin_is_given_away_joined_with_its_base(plugins, tmp_path, capsys):
     assert "has adapters, which no other program's ViT has a place for; take stablehlo" in capsys.readouterr().err
     model, params = models.from_pretrained(str(tmp_path / "weights" / "seed1.safetensors"), image_size=(28, 28), patch_size=(14, 14))
     stored = folder.RunFolder(plugins / "lora").read_predictions("test")
-    images = sources.load("phantom2d", size=(28,), root="", verify=True, invert=False, own=None).splits["test"].images
+    images = sources.load("phantom2d", size=28).splits["test"].images
     mean, std = models.preprocessing(str(tmp_path / "weights" / "seed1.safetensors"))
     values = (jnp.repeat(images / 255.0, 3, axis=-1) - jnp.array(mean)) / jnp.array(std)
     np.testing.assert_allclose(jax.nn.softmax(model.apply({"params": params}, values)), stored.probabilities[1], atol=1e-4)
 
 
-def test_a_plugin_explains_itself(plugins, tmp_path):
-    from PIL import Image
+def test_plugins_of_one_base_share_its_arrays_whatever_their_patches_and_tasks(file, tmp_path, capsys):
+    """Trained by one command in one process, and used together: each its own task."""
+    config_file = tmp_path / "two.py"
+    config_file.write_text(
+        f"""from vitmed import config
+def get_config(arg=""):
+    made = config.from_file({VIT2D!r}, arg + {f",variant=vit_micro,pretrained={file}"!r})
+    made.train.update(tune="head", epochs=1, batch_size=250)
+    made.seeds = (0,)
+    return made
+def sweep():
+    return [dict(dataset="phantom2d", patch="14"), dict(dataset="phantom2d", patch="28")]
+"""
+    )
+    assert call(main, f"--config={config_file}", "--sweep", "--together", f"--workdir={tmp_path / 'runs'}") == 0
+    paths = [tmp_path / "runs" / f"phantom2d-patch{patch}" for patch in (14, 28)]
+    bases = [inference.open_run(path).recipe.base for path in paths]
+    pointers = [[leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(base["block_01"])] for base in bases]
+    assert pointers[0] == pointers[1]
+    assert bases[0]["pos_embed"].shape != bases[1]["pos_embed"].shape
+    images = sources.load("phantom2d", size=28).splits["test"].images[:3]
+    (tmp_path / "scans").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(tmp_path / "scans" / f"{index}.png")
+    flags = [*(f"--workdir={path}" for path in paths), f"--input={tmp_path / 'scans'}", f"--out={tmp_path / 'found.csv'}"]
+    assert call(predict, *flags, "--each") == 0
+    for path in paths:
+        rows = list(csv.DictReader((tmp_path / f"found_{path.name}.csv").read_text().splitlines()))
+        stored = folder.RunFolder(path).read_predictions("test").probabilities[0, :3]
+        name = next(key for key in rows[0] if key.startswith("probability_"))
+        np.testing.assert_allclose([float(row[name]) for row in rows], stored[:, 0], atol=1e-5)
+    assert not (tmp_path / "found.csv").exists()
+    capsys.readouterr()
+    assert call(predict, *flags, f"--workdir={paths[0]}", "--each") == 2
+    assert f"several --workdir are called {paths[0].name}" in capsys.readouterr().err
+    assert call(main, f"--config={config_file}", "--together", f"--workdir={tmp_path / 'one'}") == 2
+    assert "give --sweep with it" in capsys.readouterr().err
 
-    image = sources.load("phantom2d", size=(28,), root="", verify=True, invert=False, own=None).splits["test"].images[0, ..., 0]
+
+def test_a_plugin_explains_itself(plugins, tmp_path):
+    image = sources.load("phantom2d", size=28).splits["test"].images[0, ..., 0]
     Image.fromarray(image).save(tmp_path / "one.png")
     argv = [f"--workdir={plugins / 'lora'}", f"--input={tmp_path / 'one.png'}", f"--out={tmp_path / 'p.csv'}", "--explain=gradient"]
     assert call(predict, *argv) == 0

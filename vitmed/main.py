@@ -32,6 +32,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--workdir", default="", metavar="DIR", help="the run's folder, or of a sweep the folder of the points' folders")
     parser.add_argument("--sweep", action="store_true", help="run every point of the config's sweep(), finished ones left as they are")
     parser.add_argument("--list", action="store_true", help="print the sweep's points, their cost and with --workdir their state; run none")
+    parser.add_argument(
+        "--together", action="store_true", help="the sweep's points in one process: plugins of the same frozen base hold it once"
+    )
     parser.add_argument("--points", metavar="KEY=VALUE|VALUE,...", help="of the sweep, only the points whose arguments have these values")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of a run of several processes: where process 0 waits for the others")
     parser.add_argument("--num_processes", metavar="N", help="how many; under SLURM, Open MPI, on a TPU all three are found out")
@@ -47,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     of_sweep = flags.sweep or flags.list
     if flags.points is not None and not of_sweep:
         raise config_lib.InputError(f"--points={flags.points}: chooses among a sweep's points; give --sweep or --list with it")
+    if flags.together and not flags.sweep:
+        raise config_lib.InputError("--together: is of a sweep's points; give --sweep with it")
     config_lib.require(bool(flags.workdir) or flags.list, "--workdir", flags.workdir, "the name of a folder; see vitmed.main --help")
     workdir = pathlib.Path(flags.workdir).expanduser()
     given = {name: getattr(flags, name) for name in cluster.FLAGS}
@@ -97,7 +102,9 @@ def run_sweep(flags: argparse.Namespace, overrides: dict[str, str], root: pathli
     if flags.list:
         sweep.show(asked)
         return 0
-    return sweep.run(dataclasses.replace(asked, team=found))
+    if flags.together and found is not None:
+        raise config_lib.InputError("--together: a process of its own makes all points, and here several make each; leave it out")
+    return sweep.run(dataclasses.replace(asked, team=found, together=flags.together))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   python -m vitmed.predict --workdir=runs/breast_p7 --input=scans --out=predictions.csv
   python -m vitmed.predict --workdir=runs/breast_p7 --workdir=runs/breast_p4 --input=list.csv --out=predictions.csv --tta=flips
   python -m vitmed.predict --workdir=runs/chest_p7 --input=chest.nii.gz --out=chest.csv --explain=gradient
+  python -m vitmed.predict --workdir=runs/fracture --workdir=runs/adrenal --each --input=ct --out=found.csv
 
 --input is an image or volume (PNG, JPEG, TIFF, NIfTI, DICOM), a folder of which every image or volume below it is taken, or a CSV with a
 column `path`. A file that cannot be read is named and gets a row that says why.
@@ -43,6 +44,9 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--workdir", required=True, action="append", metavar="DIR", help="a run's folder; given several times: an ensemble")
     parser.add_argument("--input", required=True, metavar="PATH", help="a file, a folder or a CSV")
     parser.add_argument("--out", required=True, metavar="FILE", help="the CSV to write")
+    parser.add_argument(
+        "--each", action="store_true", help="no ensemble: a table of each run's own task, FILE_RUN.csv; plugins of one base share it"
+    )
     parser.add_argument("--batch_size", default="auto", metavar="B", help="images at a time; auto: what suits the device (default)")
     parser.add_argument("--tta", default="none", metavar="KIND", help=f"test-time augmentation: {', '.join(augment.VIEWS)} (default: none)")
     parser.add_argument("--base", metavar="FILE", help="the weights that a plugin stands on, where they do not lie where it was trained")
@@ -60,24 +64,43 @@ def main(argv: Sequence[str]) -> int:
     batch_size = 0 if flags.batch_size == "auto" else config_lib.parse("--batch_size", flags.batch_size, 1)
     config_lib.require(flags.batch_size == "auto" or batch_size >= 1, "--batch_size", flags.batch_size, "auto, or positive")
     config_lib.require(bool(flags.input), "--input", flags.input, "a file, a folder or a CSV")
-    out, source = cli.file_to_write("--out", flags.out), listing.existing(pathlib.Path(flags.input))
-    pictures = out.with_name(f"{out.name.removesuffix('.csv')}_heatmaps")
-    if method:
-        files.check_new_folder(pictures, f"--explain: {pictures}")
+    source, paths = listing.existing(pathlib.Path(flags.input)), [pathlib.Path(path).expanduser() for path in flags.workdir]
+    outs = tables_of(flags.out, paths) if flags.each else [cli.file_to_write("--out", flags.out)]
+    pictures = [out.with_name(f"{out.name.removesuffix('.csv')}_heatmaps") if method else None for out in outs]
+    for place in filter(None, pictures):
+        files.check_new_folder(place, f"--explain: {place}")
     machine.cache_programs()
+    status = 0
     with machine.memory_errors(), guard.Signals() as signals:
-        runs = [inference.open_run(pathlib.Path(path).expanduser(), flags.base) for path in flags.workdir]
-        inference.check_alike(runs)
-        rank = runs[0].planned.description.rank
-        if method and rank == 3:
-            heatmaps.require_nibabel()
-        total = sum(1 for _ in listing.find(source, rank))  # a list with a fault is refused before anything is predicted
-        ensemble = inference.Ensemble(runs, batch_size=batch_size, tta=flags.tta, method=method)
-        if method:
-            files.make_folder(pictures)
-        with files.writing_whole(out) as write:
-            unreadable = predict(ensemble, source, write, pictures=pictures if method else None, total=total, check=signals.check)
-    return say(ensemble, out, total=total, unreadable=unreadable)
+        runs = [inference.open_run(path, flags.base) for path in paths]
+        groups = [[run] for run in runs] if flags.each else [runs]
+        totals = [prepared(group, source, method=method) for group in groups]
+        for group, out, place, total in zip(groups, outs, pictures, totals, strict=True):
+            ensemble = inference.Ensemble(group, batch_size=batch_size, tta=flags.tta, method=method)
+            if place is not None:
+                files.make_folder(place)
+            with files.writing_whole(out) as write:
+                unreadable = predict(ensemble, source, write, pictures=place, total=total, check=signals.check)
+            status = max(status, say(ensemble, out, total=total, unreadable=unreadable))
+    return status
+
+
+def tables_of(out: str, paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+    """A file for each run beside `out`, called by the run's folder; InputError where two of these have one name, or a file cannot be."""
+    whole, names = pathlib.Path(out), [path.resolve().name for path in paths]
+    for name in names:
+        if names.count(name) > 1:
+            raise config_lib.InputError(f"--each: several --workdir are called {name}, and so would be their tables; rename a folder")
+    return [cli.file_to_write("--out", str(whole.with_name(f"{whole.name.removesuffix('.csv')}_{name}.csv"))) for name in names]
+
+
+def prepared(group: Sequence[inference.Restored], source: pathlib.Path, *, method: str) -> int:
+    """How many files there are for runs that go together; InputError, before anything is predicted, where runs or list have a fault."""
+    inference.check_alike(group)
+    rank = group[0].planned.description.rank
+    if method and rank == 3:
+        heatmaps.require_nibabel()
+    return sum(1 for _ in listing.find(source, rank))
 
 
 def predict(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from vitmed import config as config_lib
@@ -63,7 +64,16 @@ def _loaded(
     """(parameters without classifier, what became of the weights, their digest), once for a file in one `state`."""
     del state
     params, report = pretrained.load(weights, **dataclasses.asdict(geometry), num_classes=0, **dict(how))
-    return params, report, weights_lib.digest(weights)
+    sha256 = weights_lib.digest(weights)
+    own = {name: params.pop(name) for name in ("patch_embed", "pos_embed")}  # by geometry; of the rest, what is equal is kept once
+    return own | _trunk(sha256, jax.tree.structure(params)).setdefault("params", params), report, sha256
+
+
+@functools.lru_cache(maxsize=2)
+def _trunk(sha256: str, structure: Any) -> dict[str, Any]:
+    """A place for the parameters of one base that are the same whatever the patches are."""
+    del sha256, structure
+    return {}
 
 
 def _heads(planned: planning.Experiment) -> Any:

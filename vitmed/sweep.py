@@ -43,6 +43,7 @@ class Sweep:
     `spec` is the file and, after a colon, the arguments that hold for all points.
 
     `team` are the processes that make each point's run together, each going through the points by itself; None: they are run here alone.
+    `together` runs the points within this process, so that plugins of one base share it; what ends one then ends all.
     """
 
     spec: str
@@ -50,6 +51,7 @@ class Sweep:
     points: Sequence[points.Point]
     entries: Sequence[Entry]
     team: cluster.Cluster | None = None
+    together: bool = False
 
     @property
     def path(self) -> str:
@@ -215,6 +217,8 @@ def _run_point(sweep: Sweep, entry: Entry) -> tuple[int, str]:
 
     The others of the team do not go on to the next point then. What a signal has ended is recorded, so that it need not end the next call.
     """
+    if sweep.together:
+        return _run_here(sweep, entry)
     given = [f"--config={sweep.path}:{entry.point.argument}", f"--workdir={entry.run_folder.path}"]
     given += [f"--config.{field}={value}" for field, value in sweep.overrides.items()]
     status, said = apart.run([sys.executable, "-m", "vitmed.main", *given, *cluster.flags(sweep.team)])
@@ -223,6 +227,17 @@ def _run_point(sweep: Sweep, entry: Entry) -> tuple[int, str]:
             _record(entry.run_folder, status, said)
         raise processes.ended(sweep.team, status)
     return status, said
+
+
+def _run_here(sweep: Sweep, entry: Entry) -> tuple[int, str]:
+    """A point within this process: (exit status, what it complained of)."""
+    config = config_lib.load(f"{sweep.path}:{entry.point.argument}", sweep.overrides)
+    try:
+        result = experiment.run(experiment.plan(config, experiment.recorded_network(entry.run_folder)), entry.run_folder)
+    except (config_lib.InputError, config_lib.MachineError) as error:
+        print(f"vitmed: {error}", file=sys.stderr)
+        return 2 if isinstance(error, config_lib.InputError) else 1, str(error)
+    return 1 if result["failed_seeds"] else 0, ""
 
 
 def _held(entry: Entry) -> str | None:
