@@ -62,6 +62,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Of values in [0, 1]: auto (what belongs to the weights; 0.5 from scratch), one number, or one per channel.
     config.model.mean = ml_collections.FieldReference("auto", field_type=object)
     config.model.std = ml_collections.FieldReference("auto", field_type=object)
+    # 3D alone: volumes go slice by slice through the 2D network, in views axial, coronal, sagittal (with commas); empty: in 3D patches.
+    config.model.views = ""
     config.model.pooling = "auto"  # auto (the weights' own; cls from scratch), cls, mean, attention (a fresh query attends to the patches)
     # Of train.tune=lora alone: what is added to the layers named, alpha / rank times two matrices of this rank; see docs/finetuning.md.
     config.model.lora_rank = 8
@@ -96,6 +98,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.focal_gamma = 0.0  # of the focal loss: how much less examples count that are right; 0: cross-entropy
     # How much each class counts: none (alike), balanced (more where it is rare), or one number per class.
     config.train.class_weights = ml_collections.FieldReference("none", field_type=object)
+    # Of model.views and data with masks: the weight of finding lesions in volumes that have a mask; a decoder does that, in training only.
+    config.train.mask_weight = 0.0
     config.train.mixup = 0.0  # alpha of the Beta distribution of the shares in which two images are mixed; 0: none are
     config.train.sampler = "shuffled"  # shuffled: every image once an epoch; balanced: as many images, of all classes alike
     config.train.remat = "auto"  # computed again in the backward pass, to save memory: none, attention, blocks; auto: as little as fits

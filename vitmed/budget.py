@@ -29,7 +29,8 @@ def parts(planned: planning.Experiment, device: machine.Device) -> int:
 def micro_batch_size(planned: planning.Experiment, device: machine.Device) -> int:
     """Images of a step that go through the model at a time: the config's, or with 0 what suits the device."""
     train = planned.config.train
-    sizes = {"batch_size": train.batch_size, "num_tokens": planned.num_tokens, "parts": parts(planned, device)}
+    tokens = planned.num_slices * planned.num_tokens
+    sizes = {"batch_size": train.batch_size, "num_tokens": tokens, "parts": parts(planned, device)}
     return train.micro_batch_size or programs.micro_batch_size(device.platform, **sizes)
 
 
@@ -63,6 +64,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
     sizes["depth"] = adapters.differentiated(planned.tuning, architecture.depth)
     activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
+    activations = cost.Activations(*(planned.num_slices * numbers for numbers in activations))
     keeps = planned.attention_form(device.platform) == "plain"
     split, sequence = parts(planned, device), max(1, config.mesh.sequence)
     # Of keys and values every device has those of all tokens, kept for each block unless recomputed; of everything else its share.
@@ -79,7 +81,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
         num_params=params,
         activations=activations if keeps else activations._replace(attention_weights=0),
         block_attention_weights=_scores(planned, device, predicted) // predicted,
-        num_tokens=math.ceil(planned.num_tokens / sequence),
+        num_tokens=math.ceil(planned.num_slices * planned.num_tokens / sequence),
         width=architecture.width,
         batch_size=at_once,
         eval_batch_size=predicted,
@@ -103,8 +105,9 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     `method`: one of `explain.METHODS` where heat is wanted. InputError where not even one image is likely to fit.
     """
     architecture, at_once = planned.network.architecture, 1 if device.platform == "cpu" else members
-    each = cost.prediction_memory(planned.num_tokens, architecture.width, _scores(planned, device, 1))
-    weights = architecture.num_heads * planned.num_tokens**2 * cost.BYTES_OF_A_SCORE  # of one block
+    tokens = planned.num_slices * planned.num_tokens
+    each = cost.prediction_memory(tokens, architecture.width, _scores(planned, device, 1))
+    weights = planned.num_slices * architecture.num_heads * planned.num_tokens**2 * cost.BYTES_OF_A_SCORE  # of one block
     if method == "attention":
         each += 2 * weights
     elif method == "rollout":
@@ -112,7 +115,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     elif method == "gradient":  # a backward pass, as `cost.training_memory` counts it
         keeps = planned.attention_form(device.platform) == "plain"
         inside = 8 * architecture.width + 2 * architecture.mlp_width
-        each += 2 * cost.BYTES_OF_A_PARAMETER * architecture.depth * planned.num_tokens * inside + 3 * weights * architecture.depth * keeps
+        each += 2 * cost.BYTES_OF_A_PARAMETER * architecture.depth * tokens * inside + 3 * weights * architecture.depth * keeps
     each = at_once * each + _image_bytes(planned)
     most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
     if device.memory_bytes is None:
@@ -121,7 +124,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     state = (members * trained + base) * cost.BYTES_OF_A_PARAMETER
     room = device.memory_bytes / 2 - state
     if each > room:
-        shown = f"{each / 1e9:,.1f} GB with {planned.num_tokens:,} tokens, and {device.name} has {max(room, 0) / 1e9:,.1f} GB for it"
+        shown = f"{each / 1e9:,.1f} GB with {tokens:,} tokens, and {device.name} has {max(room, 0) / 1e9:,.1f} GB for it"
         mend = "take --explain=gradient, or none" if method else "predict on a device with more memory"
         raise config_lib.InputError(f"a single image is likely to take {shown}; {mend}")
     return min(most, 2 ** int(math.log2(room / each)))
@@ -135,6 +138,7 @@ def _trained_and_base(planned: planning.Experiment) -> tuple[int, int]:
 def _scores(planned: planning.Experiment, device: machine.Device, images: int) -> int:
     """Attention scores of a block of the network that are there at once, for so many images on a device."""
     heads, num_keys = planned.network.architecture.num_heads, planned.num_tokens
+    images *= planned.num_slices
     queries = math.ceil(num_keys / max(1, planned.config.mesh.sequence))
     form = planned.attention_form(device.platform)
     if form == "plain":

@@ -9,7 +9,7 @@ from vitmed import config as config_lib
 from vitmed import cost
 from vitmed import fields as fields_lib
 from vitmed.data import folder, pipeline, preparation, sources
-from vitmed.models import adapters, resample
+from vitmed.models import adapters, resample, slices
 from vitmed.training import augment, optim, writers
 
 MOST = 10**6  # epochs, images in a batch
@@ -42,6 +42,10 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
     config_lib.require(0 <= resize <= MOST_PIXELS, "data.resize", resize, f"from 1 to {MOST_PIXELS}, or 0 for images as they are")
     patch_size = config_lib.per_axis("model.patch_size", config.model.patch_size, rank)
     given = config_lib.per_axis("model.kernel_size", config.model.kernel_size, rank, zero=True)
+    if config.model.views:
+        patch_size, given = (
+            _of_slices(name, config.model[name], sizes) for name, sizes in (("patch_size", patch_size), ("kernel_size", given))
+        )
     shapes = Geometry(
         image_size=(resize,) * rank if resize else description.image_size,
         patch_size=patch_size,
@@ -51,6 +55,37 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
     if config.model.position_resize == "cut":
         resample.uncut_grid(**dataclasses.asdict(shapes))
     return shapes
+
+
+def _of_slices(name: str, value: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The patch or kernel of slices as one of volumes: one deep."""
+    good = len(value) == 1 or value[0] in ((1,) if name == "patch_size" else (0, 1))
+    config_lib.require(
+        good, f"model.{name}", value, f"one number, or 1x{'x'.join(map(str, value[1:]))}, with model.views: slices are one deep"
+    )
+    return (1, *sizes[1:])
+
+
+def views(config: ml_collections.ConfigDict, description: sources.Description, shapes: Geometry) -> tuple[str, ...]:
+    """The views that `model.views` says, for a set; InputError where they do not go with it or with another field."""
+    found, weight = slices.parse(config.model.views), config.train.mask_weight
+    config_lib.finite("train.mask_weight", weight, least=0.0, most=1e6)
+    if weight and not found:
+        raise config_lib.InputError(f"train.mask_weight={weight}: masks supervise the slices of model.views; name views, or take 0")
+    if not found:
+        return ()
+    if description.rank != 3:
+        raise config_lib.InputError(
+            f"model.views={config.model.views}: {description.name} is 2D, and views are of volumes; leave them empty"
+        )
+    slices.num_slices(found, shapes.image_size)
+    allowed = {"model.pooling": (config.model.pooling, ("auto", "cls", "mean")), "mesh.sequence": (config.mesh.sequence, (1,))}
+    for name, (value, good) in allowed.items():
+        config_lib.require(value in good, name, value, f"{' or '.join(map(str, good))} with model.views: slices are pooled by a query")
+    resized = weight and shapes.image_size != description.image_size
+    config_lib.require(not resized, "train.mask_weight", weight, "0 with data.resize: masks are as the images are stored")
+    config_lib.require(not (weight and config.train.mixup), "train.mask_weight", weight, "0 with train.mixup: masks are not mixed")
+    return found
 
 
 def own_data(config: ml_collections.ConfigDict) -> folder.Settings:

@@ -23,7 +23,7 @@ from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed import start as starts
 from vitmed.data import pipeline, sources
-from vitmed.models import adapters, attention, build, inputs, vit
+from vitmed.models import adapters, attention, build, inputs, slices, vit
 from vitmed.runs import checkpoint, folder, guard, machine, processes
 from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
 
@@ -50,16 +50,16 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     )
 
 
-def build_model(experiment: Experiment) -> vit.ViT:
-    """The linen module, computing as suits the devices; LoRA is not in it but in its parameters, by `adapters.effective`."""
+def build_model(experiment: Experiment) -> vit.ViT | slices.SliceViT:
+    """The network, computing as suits the devices; a ViT's LoRA is not in it but in its parameters, by `adapters.effective`."""
     config, device, mesh = experiment.config, machine.device(), experiment.mesh
     form = experiment.attention_form(device.platform)
     local = attention.choose(form, platform=device.platform, num_tokens=experiment.num_tokens)
-    return build.model(
+    model = build.model(
         experiment.network.architecture,
-        patch_size=experiment.patch_size,
-        kernel_size=experiment.geometry.kernel_size,
-        num_classes=experiment.description.num_classes,
+        patch_size=experiment.encoded.patch_size,
+        kernel_size=experiment.encoded.kernel_size,
+        num_classes=None if experiment.views else experiment.description.num_classes,
         drop_path=config.model.drop_path,
         adapter_width=experiment.tuning.adapter_width,
         adapter_scale=experiment.tuning.adapter_scale,
@@ -67,6 +67,19 @@ def build_model(experiment: Experiment) -> vit.ViT:
         attention=sharding.attention(mesh, local, num_tokens=experiment.num_tokens),
         remat=budget.remat(experiment, device),
         token_multiple=mesh.shape["sequence"],
+    )
+    return slices_model(experiment, model) if experiment.views else model
+
+
+def slices_model(experiment: Experiment, encoder: vit.ViT) -> slices.SliceViT:
+    """The network of an experiment with views, around its encoder."""
+    return slices.SliceViT(
+        encoder=encoder,
+        image_size=experiment.image_size,
+        views=experiment.views,
+        num_classes=experiment.description.num_classes,
+        lora=experiment.tuning.lora,
+        decodes=experiment.config.train.mask_weight > 0,
     )
 
 
@@ -81,7 +94,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray |
     train = config.train
     return programs.Recipe(
         init=functools.partial(_initialise, experiment, model),
-        apply=adapters.applying(model.apply, experiment.tuning.lora),
+        apply=model.apply if experiment.views else adapters.applying(model.apply, experiment.tuning.lora),
         prepare=functools.partial(
             inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std, image_size=experiment.image_size
         ),
@@ -102,6 +115,7 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray |
         micro_batch_size=budget.micro_batch_size(experiment, device),
         objective=objective(experiment, labels),
         mixup=train.mixup,
+        mask_weight=train.mask_weight,
         ema_decay=train.ema_decay,
         patience=train.patience,
         tuning=experiment.tuning,
@@ -109,8 +123,10 @@ def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray |
     )
 
 
-def _initialise(experiment: Experiment, model: vit.ViT, key: jax.Array) -> Any:
+def _initialise(experiment: Experiment, model: vit.ViT | slices.SliceViT, key: jax.Array) -> Any:
     """Fresh parameters, LoRA's included."""
+    if isinstance(model, slices.SliceViT):
+        return model.initialise(key, in_channels=experiment.config.model.in_channels)
     params = build.initialise(model, key, image_size=experiment.image_size, in_channels=experiment.config.model.in_channels)
     lora = experiment.tuning.lora
     return params if lora is None else params | {"lora": adapters.fresh_lora(jax.random.fold_in(key, adapters.KEY), params, lora)}
@@ -183,6 +199,9 @@ def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sourc
     if dataset.words and processes.is_main():
         print(f"vitmed: {dataset.words}", file=sys.stderr)
     processes.by_all(lambda: objective(experiment, dataset.splits["train"].labels))
+    masks, weight = dataset.splits["train"].masks, experiment.config.train.mask_weight
+    if weight and (masks is None or not masks.any()):
+        raise config_lib.InputError(f"train.mask_weight={weight}: {experiment.description.name} has no masks of lesions; take 0")
     start = processes.by_all(lambda: starts.of(experiment, begun=_begun(run_folder)))
     if start.report is not None and processes.is_main():
         print(f"vitmed: {experiment.network.weights.path.name}: {start.report}", file=sys.stderr)

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import __version__, cli, inference, network, planning, record
+from vitmed import __version__, cli, experiment, inference, network, planning, record
 from vitmed import config as config_lib
 from vitmed.data import medmnist, sources
 from vitmed.models import adapters, build, inputs, pretrained, snippets, stablehlo, weights
@@ -137,9 +137,11 @@ def read(run: collection.Run, config: ml_collections.ConfigDict, kind: str) -> S
     """The run's network and test images; InputError where weights or data are not there, are others', or do not go into the format."""
     run_folder = folder.RunFolder(run.path)
     planned = planning.plan(config, network.of_record(run_folder.read_model(), str(run_folder.model)))
-    for seed in () if planned.tuning.frozen else run.seeds:
+    for seed in run.seeds if planned.gives_weights else ():
         if not run_folder.weights(seed).is_file():
             raise config_lib.InputError(f"{run_folder.weights(seed)} is missing; restore it from a copy")
+    if kind == "safetensors" and planned.views:
+        raise config_lib.InputError(f"--format={kind}: {run.path} sees slices, and no ViT alone is what it does with them; take stablehlo")
     if kind == "safetensors" and planned.tuning.adapter_width:
         raise config_lib.InputError(
             f"--format={kind}: {run.path} has adapters, which no other program's ViT has a place for; take stablehlo"
@@ -153,7 +155,7 @@ def read(run: collection.Run, config: ml_collections.ConfigDict, kind: str) -> S
         raise config_lib.InputError(f"{run.path}: trained on other data ({theirs}); give the folder of the right ones as --data_root")
     least, most = COMPARED
     count = max(least, min(most, int(COMPARED_GMACS / planned.gmacs_forward)))
-    restored = inference.restore(run.path, planned, steps_per_epoch=1) if planned.tuning.frozen else None
+    restored = None if planned.gives_weights else inference.restore(run.path, planned, steps_per_epoch=1)
     return Source(run, planned, test.images[:count], dataset, restored)
 
 
@@ -186,7 +188,8 @@ def of_plugin(source: Source, index: int, kind: str) -> tuple[bytes, Callable[[A
     restored, seed = source.restored, source.run.seeds[index]
     place = restored.planned.seeds.index(seed)
     trained = jax.tree.map(lambda leaf: leaf[place], restored.params)
-    params = adapters.effective(adapters.join(restored.recipe.base, trained), source.planned.tuning.lora)
+    params = adapters.join(restored.recipe.base, trained)
+    params = params if source.planned.views else adapters.effective(params, source.planned.tuning.lora)
     if kind != "safetensors":
         return b"", network_of(source, params)
     data = record.packed(source.planned, params, seed=seed, val_loss=source.run.result["val"]["loss"][place])
@@ -214,9 +217,9 @@ def network_of(source: Source, params: Any) -> Callable[[Any], jax.Array]:
     config, net = planned.config, planned.network
     module = build.model(
         net.architecture,
-        patch_size=planned.patch_size,
-        kernel_size=planned.geometry.kernel_size,
-        num_classes=planned.description.num_classes,
+        patch_size=planned.encoded.patch_size,
+        kernel_size=planned.encoded.kernel_size,
+        num_classes=None if planned.views else planned.description.num_classes,
         adapter_width=planned.tuning.adapter_width,
         adapter_scale=planned.tuning.adapter_scale,
         dtype=config.model.dtype,
@@ -224,7 +227,7 @@ def network_of(source: Source, params: Any) -> Callable[[Any], jax.Array]:
     )
     preprocess = {"in_channels": config.model.in_channels, "mean": net.mean, "std": net.std, "image_size": planned.image_size}
     return stablehlo.program(
-        module,
+        experiment.slices_model(planned, module) if planned.views else module,
         params,
         prepare=functools.partial(inputs.prepare, **preprocess),
         probabilities=tasks.TASKS[planned.description.task].probabilities,

@@ -166,8 +166,10 @@ def explainer(run: Restored, *, method: str, batch_size: int) -> Heat:
 
     def explained(params: Any, base: Any, images: jax.Array, classes: jax.Array) -> jax.Array:
         prepared = recipe.prepare(-images if inverted else images)
-        params = adapters.effective(adapters.join(base, params), run.planned.tuning.lora)
-        return explain.heat(model, params, prepared, classes, method=method)
+        params = adapters.join(base, params)
+        if run.planned.views:
+            return model.heat(params, prepared, classes, method=method)
+        return explain.heat(model, adapters.effective(params, run.planned.tuning.lora), prepared, classes, method=method)
 
     program = _compiled(run, explained, np.empty((batch_size, *run.shape), np.uint8), np.empty((batch_size,), np.int32))
 
@@ -188,6 +190,14 @@ def _compiled(run: Restored, function: Callable[..., jax.Array], *shared: np.nda
 def _filled(array: np.ndarray, batch_size: int) -> np.ndarray:
     """[b, ...] -> [B, ...], its last entry repeated: one shape is one program."""
     return array[np.minimum(np.arange(batch_size), len(array) - 1)]
+
+
+def lattice(run: Restored) -> heatmaps.Lattice:
+    """Where a run's heat lies in an image: on its patches; of several views, or of one that is not axial, on the voxels."""
+    sizes = dataclasses.asdict(run.planned.geometry)
+    if run.planned.views not in ((), ("axial",)):
+        sizes |= {"patch_size": (1, 1, 1), "kernel_size": (1, 1, 1)}
+    return heatmaps.Lattice(**sizes)
 
 
 class Ensemble:
@@ -211,7 +221,7 @@ class Ensemble:
         )
         self._predictors = [predictor(run, batch_size=self.batch_size, tta=tta) for run in runs]
         self._explainers = [explainer(run, method=method, batch_size=self.batch_size) for run in runs] if method else []
-        self._lattices = [heatmaps.Lattice(**dataclasses.asdict(run.planned.geometry)) for run in runs]
+        self._lattices = [lattice(run) for run in runs]
 
     def probabilities(self, files: Sequence[streaming.Prepared]) -> np.ndarray:
         """float32 [members of all runs, files, K]."""

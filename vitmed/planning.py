@@ -13,7 +13,7 @@ from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import preparation, sources
-from vitmed.models import adapters, attention, vit
+from vitmed.models import adapters, attention, pixels, slices, vit
 from vitmed.training import augment, sharding
 
 PLACEMENTS = ("auto", "device", "host")
@@ -31,6 +31,7 @@ class Experiment:
     augmentation: augment.Augmentation
     tracked: checks.Tracked
     tuning: adapters.Tuning
+    views: tuple[str, ...] = ()
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -57,11 +58,23 @@ class Experiment:
         return self.geometry.patch_size
 
     @property
+    def encoded(self) -> checks.Geometry:
+        """What goes through the transformer at once: the whole image, or with views a slice of it."""
+        if not self.views:
+            return self.geometry
+        return checks.Geometry(*(sizes[1:] for sizes in dataclasses.astuple(self.geometry)))
+
+    @property
+    def num_slices(self) -> int:
+        """How often it does for one image: the slices of all views, else once."""
+        return sum(slices.num_slices(self.views, self.image_size)) if self.views else 1
+
+    @property
     def shape(self) -> dict[str, Any]:
-        """The model's sizes as `cost` takes them."""
+        """The transformer's sizes as `cost` takes them."""
         architecture = self.network.architecture
         return {
-            **dataclasses.asdict(self.geometry),
+            **dataclasses.asdict(self.encoded),
             "in_channels": self.config.model.in_channels,
             "width": architecture.width,
             "depth": architecture.depth,
@@ -73,8 +86,13 @@ class Experiment:
 
     @property
     def num_tokens(self) -> int:
-        """Patches, CLS and registers."""
-        return cost.num_patches(**dataclasses.asdict(self.geometry)) + self.network.architecture.num_prefix_tokens
+        """Patches, CLS and registers, of all that goes through the transformer at once."""
+        return cost.num_patches(**dataclasses.asdict(self.encoded)) + self.network.architecture.num_prefix_tokens
+
+    @property
+    def gives_weights(self) -> bool:
+        """Whether what is trained is a whole ViT, which other runs and programs can start from."""
+        return not self.tuning.frozen and not self.views
 
     def attention_form(self, platform: str) -> str:
         """How attention is computed on a platform (cpu, gpu, tpu): one of `attention.FORMS`, never auto. InputError where it cannot be."""
@@ -86,7 +104,7 @@ class Experiment:
     @property
     def gmacs_forward(self) -> float:
         """1e9 multiply-accumulates of one image's forward pass."""
-        return cost.gmacs_forward(**self.shape, pooling=self.network.architecture.pooling)
+        return self.num_slices * cost.gmacs_forward(**self.shape, pooling=self.network.architecture.pooling)
 
     @property
     def step_seconds(self) -> float:
@@ -99,13 +117,23 @@ class Experiment:
     def num_trained_params(self) -> int:
         """The parameters of one seed that are trained, by arithmetic: those that an optimiser state is kept of."""
         if not self.tuning.frozen:
-            return cost.num_params(**self.shape)
+            return cost.num_params(**self.shape) + self._num_pooling_params
         one = self.network.architecture
         head = (one.width + 1) * self.description.num_classes * (2 if one.pooling == "distilled" else 1)
         pool = 4 * (one.width + 1) * one.width + one.width if one.pooling == "attention" else 0
         sizes = {name: getattr(one, name) for name in ("width", "depth", "mlp_width", "swiglu")}
-        embedded = math.prod(self.geometry.kernel_size) * self.config.model.in_channels
-        return head + pool + adapters.num_trained(self.tuning, **sizes, embedded=embedded)
+        embedded = math.prod(self.encoded.kernel_size) * self.config.model.in_channels
+        added = adapters.num_trained(self.tuning, **sizes, embedded=embedded)
+        copies = max(1, len(self.views)) if self.tuning.lora else 1  # each view has its own
+        return head + pool + copies * added + self._num_pooling_params
+
+    @property
+    def _num_pooling_params(self) -> int:
+        """Queries of views, the one that fuses several, and the decoder of masks."""
+        if not self.views:
+            return 0
+        width = self.network.architecture.width
+        return width * (len(self.views) + (len(self.views) > 1)) + (pixels.num_params(width) if self.config.train.mask_weight else 0)
 
     @property
     def label(self) -> str:
@@ -154,4 +182,9 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
     }
     network = recorded or networks.of_config(config, description, look=look)  # last: it looks for files
     tuning = checks.tuning(config, depth=network.architecture.depth)
-    return Experiment(config=config, description=description, geometry=geometry, network=network, tuning=tuning, **checked)
+    views = checks.views(config, description, geometry)
+    if views and network.architecture.pooling not in ("cls", "mean"):
+        raise config_lib.InputError(
+            f"model.views={config.model.views}: the weights pool by {network.architecture.pooling}; set model.pooling"
+        )
+    return Experiment(config=config, description=description, geometry=geometry, network=network, tuning=tuning, views=views, **checked)

@@ -19,12 +19,12 @@ def leave(
 ) -> dict[str, Any]:
     """Write all of it, result.json last, which then says that the rest is there; return what that says.
 
-    Parameters of a frozen `base` are counted and not written: of a plugin the checkpoint is all that is kept.
+    Parameters of a frozen `base` are counted and not written: of a plugin the checkpoint is all that is kept, as of a network of slices.
     """
     for split, predictions in outcome.predictions.items():
         labels = dataset.splits[split].labels
         run_folder.write_predictions(split, labels=labels, probabilities=predictions.probabilities, seeds=experiment.seeds)
-    if not experiment.tuning.frozen:
+    if experiment.gives_weights:
         write_weights(experiment, run_folder, outcome)
     task, labels, predictions = experiment.description.task, dataset.splits["val"].labels, outcome.predictions["val"]
     run_folder.write_calibration(operating.fit(task, labels, predictions.probabilities, seeds=experiment.seeds))
@@ -50,7 +50,7 @@ def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: l
         "normalisation": {"mean": network.mean, "std": network.std},
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
-        "num_tokens": experiment.num_tokens,
+        "num_tokens": experiment.num_slices * experiment.num_tokens,
         "num_params": trainable + num_frozen,
         "num_trainable_params": trainable,
         "gmacs_forward": experiment.gmacs_forward,

@@ -34,9 +34,14 @@ def of(planned: planning.Experiment, *, begun: bool) -> Start:
         return Start(start.base, sha256=start.sha256) if begun else start
     if not planned.config.model.pretrained or begun:
         return Start()
-    geometry, num_classes = dataclasses.asdict(planned.geometry), planned.description.num_classes
-    params, report = networks.starting_params(planned.network, planned.config, **geometry, num_classes=num_classes)
-    return Start(trained=params, report=report)
+    sizes = {"num_classes": 0 if planned.views else planned.description.num_classes}
+    params, report = networks.starting_params(planned.network, planned.config, **dataclasses.asdict(planned.encoded), **sizes)
+    return Start(trained=_placed(planned, params), report=report)
+
+
+def _placed(planned: planning.Experiment, params: Any) -> Any:
+    """A ViT's parameters in the whole network: with views it is their encoder, and what else there is is not of the weights."""
+    return {"encoder": params, **_heads(planned)} if planned.views else params
 
 
 def _parted(planned: planning.Experiment) -> Start:
@@ -47,13 +52,13 @@ def _parted(planned: planning.Experiment) -> Start:
     how = {name: model[name] for name in ("in_channels", "inflation", "depth_positions", "position_resize")}
     weights = dataclasses.replace(weights, architecture=network.architecture)
     state = weights.path.stat()
-    params, report, sha256 = _loaded(weights, (state.st_mtime_ns, state.st_size), planned.geometry, tuple(how.items()))
+    params, report, sha256 = _loaded(weights, (state.st_mtime_ns, state.st_size), planned.encoded, tuple(how.items()))
     if network.base not in (None, sha256):
         raise config_lib.InputError(
             f"model.pretrained={model.pretrained}: its tensors have SHA-256 {sha256[:16]}..., this run's plugin stands on a base of "
             f"{network.base[:16]}...; give the weights that it was trained on"
         )
-    base, trained = adapters.split(params | _heads(planned), planned.tuning)
+    base, trained = adapters.split(_placed(planned, params) | _heads(planned), planned.tuning)
     return Start(base, trained, report, sha256)
 
 

@@ -108,7 +108,7 @@ def show(sweep: Sweep) -> None:
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("point", "state") else "right", overflow="fold")
     for entry in sweep.entries:
-        costs = (f"{entry.planned.num_tokens:,}", f"{entry.planned.gmacs_forward:,.3f}")
+        costs = (f"{entry.planned.num_slices * entry.planned.num_tokens:,}", f"{entry.planned.gmacs_forward:,.3f}")
         table.add_row(entry.name, *costs, _memory_text(entry.planned, device), _state_text(entry))
     tables.show(table)
 

@@ -19,7 +19,7 @@ from vitmed.models import attention as attentions
 from vitmed.models import layers
 
 POOLINGS = ("cls", "mean", "map", "distilled", "attention")
-STAGES = ("all", "features", "classify")
+STAGES = ("all", "tokens", "features", "classify")
 REMATS = ("none", "attention", "blocks")
 
 
@@ -126,8 +126,8 @@ class ViT(nn.Module):
         """[B, *S, C] -> [B, num_classes]; with `train` the random stream `drop_path` is read where drop_path > 0.
 
         `encode` stands for the blocks where given: [B, prefix + N, D] -> the same, or the first `num_pooled_tokens` alone. The `stage`
-        (one of STAGES) `features` ends before what is fresh in a fine-tuned network, with [B, M, D] of what that looks at, and `classify`
-        begins there, with these for `images`.
+        (one of STAGES) `features` ends before what is fresh in a fine-tuned network, with [B, M, D] of what that looks at, `classify`
+        begins there, with these for `images`, and `tokens` ends with all of the last block's, normed: [B, prefix + N, D].
         """
         if stage == "classify":
             return self._classify(images)
@@ -136,9 +136,12 @@ class ViT(nn.Module):
         if train and self.drop_path:
             rates = [self.drop_path * index / max(self.depth - 1, 1) for index in range(self.depth)]
             factors = layers.drop_path_factors(self.make_rng("drop_path"), rates, len(images))
-        tokens = self._encode(tokens, factors) if encode is None else encode(tokens)
+        num_queries = None if stage == "tokens" else self.num_pooled_tokens
+        tokens = self._encode(tokens, factors, num_queries) if encode is None else encode(tokens)
         if self.final_norm:
             tokens = layers.layer_norm("norm", self.dtype)(tokens)
+        if stage == "tokens":
+            return tokens
         seen = self._seen(tokens)
         return seen if stage == "features" else self._classify(seen)
 
@@ -147,12 +150,12 @@ class ViT(nn.Module):
         """How many first tokens the classifier looks at, None for all of them."""
         return {"cls": 1, "distilled": 2}.get(self.pooling)
 
-    def _encode(self, tokens: jax.Array, factors: jax.Array | None) -> jax.Array:
-        """[B, prefix + N, D] -> the same through all blocks, or no more than the tokens that the classifier looks at.
+    def _encode(self, tokens: jax.Array, factors: jax.Array | None, num_queries: int | None) -> jax.Array:
+        """[B, prefix + N, D] -> the same through all blocks, or no more than the first `num_queries`, which the classifier looks at.
 
         Of the last block the other tokens are needed as keys and values alone: its MLP, three quarters of a block, is left out for them.
         """
-        names, num_queries = self.block_names, self.num_pooled_tokens
+        names = self.block_names
         if self.is_initializing():
             for name in names:
                 tokens = self.block(name=name)(tokens)

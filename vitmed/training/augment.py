@@ -67,6 +67,12 @@ def apply(key: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.
     return images
 
 
+def moved(key: jax.Array, masks: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Masks bool [B, *S] where `apply` with the same key moves what they mark; brightness and contrast do not concern them."""
+    still = dataclasses.replace(augmentation, brightness=0.0, contrast=0.0)
+    return apply(key, masks[..., None].astype(jnp.float32), still)[..., 0] > 0.5
+
+
 def mix(key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, *, alpha: float) -> tuple[jax.Array, jax.Array]:
     """mixup (arXiv 1710.09412): images [B, *S, C] and targets [B, K], each with its partner's share; lambda is of Beta(alpha, alpha).
 

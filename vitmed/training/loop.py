@@ -105,7 +105,8 @@ def train(
     """
     observer = observer or tracking.Observer()
     images, labels = dataset.splits["train"].images, dataset.splits["train"].labels
-    resident, streamed = place(recipe.mesh, {"images": images, "labels": labels}, placement)
+    arrays = {"images": images, "labels": labels} | ({"lesions": dataset.splits["train"].masks} if recipe.mask_weight else {})
+    resident, streamed = place(recipe.mesh, arrays, placement)
     own = sharding.own(recipe.mesh, plan.batch_size)
     own_of_evaluation = sharding.own(recipe.mesh, evaluation_batch_size)
     keep_best = programs.keep_best(recipe)

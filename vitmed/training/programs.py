@@ -41,8 +41,8 @@ class Recipe:
 
     `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `tuning` says which of
     the parameters are trained; the others are the `base`, which all runs share, already on the devices. `mapped` takes the runs one after
-    another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup` and `ema_decay` (0: there
-    is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s.
+    another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup`, `mask_weight` and
+    `ema_decay` (0: there is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s.
     """
 
     init: Callable[[jax.Array], Any]
@@ -57,6 +57,7 @@ class Recipe:
     micro_batch_size: int | None = None
     objective: tasks.Objective | None = None
     mixup: float = 0.0
+    mask_weight: float = 0.0
     ema_decay: float = 0.0
     patience: int = 0
     tuning: adapters.Tuning = adapters.ALL
@@ -112,6 +113,7 @@ def compile_chunk(
         micro_batch_size=recipe.micro_batch_size,
         objective=recipe.objective,
         mixup=recipe.mixup,
+        mask_weight=recipe.mask_weight,
         ema_decay=recipe.ema_decay,
     )
     make = step.make_chunk(train_step, mapped=recipe.mapped)

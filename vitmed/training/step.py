@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vitmed.models import adapters
+from vitmed.models import adapters, pixels
 from vitmed.training import augment, tasks
 
 ALIVE = -1  # in `failed_at`: no step has failed
@@ -78,6 +78,7 @@ def train_step(
     micro_batch_size: int | None = None,
     objective: tasks.Objective | None = None,
     mixup: float = 0.0,
+    mask_weight: float = 0.0,
     ema_decay: float = 0.0,
 ) -> tuple[TrainState, jax.Array]:
     """One step of one run: batch {images uint8 [B, *S, C], labels [B, L], mask [B]} -> (state, loss).
@@ -85,8 +86,9 @@ def train_step(
     `apply` takes the parameters of `base`, which stay as they are, and of the state together; without a frozen base there are none.
     `micro_batch_size` images (a divisor of B; None: all) go through the model at a time, and their gradients are summed: less memory, and
     where caches are small less time, for the same step. `objective` is what is minimised, None for the mean of the task's own loss; with
-    `mixup` (`augment.mix`'s alpha) its targets must be numbers. The average of an AveragedState becomes `ema_decay` times itself and the
-    rest of the new parameters.
+    `mixup` (`augment.mix`'s alpha) its targets must be numbers. With a `mask_weight` the batch has lesions [B, *S], which `apply` also
+    finds, and so many times the mean of `pixels.loss` over the images that have some is added. The average of an AveragedState becomes
+    `ema_decay` times itself and the rest of the new parameters.
 
     A loss or gradient that is not finite leaves the state as it was before, for good; the loss then reads NaN. So does a gradient whose
     squared norm overflows, as Adam's second moment would: an update from what is let through is finite, as long as epsilon is positive.
@@ -100,12 +102,21 @@ def train_step(
         # 2: beside the two keys above, which are those of 0 and 1.
         images, targets = augment.mix(jax.random.fold_in(step_key, 2), images, targets, batch["mask"], alpha=mixup)
     total = objective.total(targets, batch["mask"])
+    prepared = {**batch, "images": images, "labels": targets}
+    if mask_weight:
+        prepared["lesions"] = augment.moved(augment_key, batch["lesions"], augmentation)
+        drawn = (prepared["lesions"].reshape(len(targets), -1).any(axis=1) & batch["mask"]).sum()
 
     def loss_of(params: Any, part: dict[str, jax.Array], drop_key: jax.Array) -> jax.Array:
-        logits = apply({"params": adapters.join(base, params)}, part["images"], train=True, rngs={"drop_path": drop_key})
-        return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total)
+        how = {"train": True, "rngs": {"drop_path": drop_key}}
+        whole = {"params": adapters.join(base, params)}
+        if not mask_weight:
+            logits = apply(whole, part["images"], **how)
+            return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total)
+        logits, found = apply(whole, part["images"], masks=True, **how)
+        of_pixels = tasks.masked_mean(pixels.loss(found, part["lesions"]), part["mask"], drawn)
+        return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total) + mask_weight * of_pixels
 
-    prepared = {**batch, "images": images, "labels": targets}
     loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size)
     alive = state.failed_at == ALIVE
     good = alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
