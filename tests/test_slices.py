@@ -1,0 +1,323 @@
+"""Volumes seen slice by slice: what a slice, a view and a stack's order are to the network, its heat, its masks, and whole runs."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import nibabel
+import numpy as np
+import pytest
+import safetensors.numpy
+from test_pretrained_runs import VIT2D, VIT3D, tensors_of_a_micro_model
+
+from vitmed import cli, config, evaluate, experiment, export, main, planning
+from vitmed import start as starts
+from vitmed.data import sources
+from vitmed.models import adapters, build, explain, pixels, slices
+from vitmed.runs import folder
+from vitmed.training import augment
+
+LORA = adapters.Lora(rank=2, alpha=4.0, targets=("patch_embed", "qkv", "proj"))
+SIZE = (6, 8, 8)
+
+
+def made(views=("axial",), *, size=SIZE, lora=None, decodes=False, pooling="cls", moved=True):
+    """A network of volumes with parameters that are all different from their first values."""
+    encoder = build.model(build.pooled(build.plain(12, 2, 2), pooling), patch_size=(4, 4), num_classes=None)
+    model = slices.SliceViT(encoder, image_size=size, views=views, num_classes=3, lora=lora, decodes=decodes)
+    params = model.initialise(jax.random.key(0), in_channels=1)
+    if moved:
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(9), len(leaves))
+        params = jax.tree.unflatten(
+            structure, [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        )
+    return model, params
+
+
+def volumes(size=SIZE, count=2, seed=1):
+    return jax.random.normal(jax.random.key(seed), (count, *size, 1))
+
+
+# --- the network ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_order_of_slices_says_nothing_and_that_of_rows_does(pooling):
+    model, params = made(pooling=pooling)
+    given = volumes()
+    logits = model.apply({"params": params}, given)
+    order = jnp.array([3, 0, 5, 1, 4, 2])
+    np.testing.assert_allclose(model.apply({"params": params}, given[:, order]), logits, atol=1e-5)
+    assert np.abs(model.apply({"params": params}, given[:, :, ::-1]) - logits).max() > 1e-2
+
+
+def test_a_stack_of_one_picture_is_what_the_2d_network_makes_of_it():
+    model, params = made()
+    picture = jax.random.normal(jax.random.key(2), (2, 1, 8, 8, 1))
+    feature = model.encoder.apply({"params": params["encoder"]}, picture[:, 0])
+    expected = feature @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(model.apply({"params": params}, jnp.repeat(picture, 6, axis=1)), expected, atol=1e-5)
+
+
+def test_slices_are_weighed_by_the_softmax_of_their_products_with_the_query():
+    model, params = made()
+    given = volumes()
+    features = np.stack([model.encoder.apply({"params": params["encoder"]}, given[:, index]) for index in range(6)], axis=1)
+    scores = features @ np.asarray(params["views"]["axial"]["query"]) / np.sqrt(12)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    found, of_views = model.weights(params, given)
+    np.testing.assert_allclose(found["axial"], weights, atol=1e-5)
+    np.testing.assert_array_equal(of_views, np.ones((2, 1)))
+    expected = (weights[..., None] * features).sum(axis=1) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(model.apply({"params": params}, given), expected, atol=1e-4)
+
+
+def test_a_view_is_the_axial_one_of_the_volume_turned():
+    size = (8, 8, 8)
+    model, params = made(size=size)
+    given = volumes(size)
+    for view, turned in (("coronal", given.transpose(0, 2, 1, 3, 4)), ("sagittal", given.transpose(0, 3, 1, 2, 4))):
+        other, _ = made((view,), size=size)
+        renamed = params | {"views": {view: params["views"]["axial"]}}
+        np.testing.assert_allclose(other.apply({"params": renamed}, given), model.apply({"params": params}, turned), atol=1e-5)
+
+
+def test_several_views_are_fused_by_a_query_and_each_has_its_own_lora():
+    views = ("axial", "coronal", "sagittal")
+    model, params = made(views, lora=LORA)
+    given = volumes()
+    logits = model.apply({"params": params}, given)
+    of_slices, of_views = model.weights(params, given)
+    assert {name: weights.shape for name, weights in of_slices.items()} == {"axial": (2, 6), "coronal": (2, 8), "sagittal": (2, 8)}
+    for weights in (*of_slices.values(), of_views):
+        np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-6)
+    for view in views:
+        changed = jax.tree.map(lambda leaf: leaf, params)
+        changed["views"][view]["lora"]["block_00"]["attn"]["q"]["b"] += 1.0
+        moved, _ = model.weights(changed, given)
+        same = [np.allclose(moved[name], of_slices[name], atol=1e-6) for name in views]
+        assert same == [name != view for name in views]
+        assert not np.allclose(model.apply({"params": changed}, given), logits, atol=1e-5)
+
+
+def test_lora_that_has_not_moved_is_the_base_and_one_more_copy_of_it_is_none():
+    with_lora, params = made(lora=LORA, moved=False)
+    without, bare = made(moved=False)
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(3), (12, 3))
+    bare = {"encoder": params["encoder"], "views": {"axial": {"query": params["views"]["axial"]["query"]}}, "head": params["head"]}
+    np.testing.assert_allclose(with_lora.apply({"params": params}, volumes()), without.apply({"params": bare}, volumes()), atol=1e-6)
+
+
+def test_features_and_then_the_classifier_are_the_whole_also_where_views_differ_in_length():
+    model, params = made(("coronal", "axial"))
+    features = model.apply({"params": params}, volumes(), stage="features")
+    assert features.shape == (2, 8 + 6, 12)
+    whole = model.apply({"params": params}, volumes())
+    np.testing.assert_allclose(model.apply({"params": params}, features, stage="classify"), whole, atol=1e-6)
+
+
+# --- heat -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["attention", "rollout", "gradient"])
+def test_heat_lies_where_the_one_slice_is_that_counts(method):
+    """The slice whose feature the query is gets nearly all the weight, and so the heat; in three views, where these slices meet."""
+    model, params = made(size=(8, 8, 8))
+    given = volumes((8, 8, 8), count=1)
+    features = model.encoder.apply({"params": params["encoder"]}, given[0])
+    apart = features[5] - features.mean(axis=0)
+    params["views"]["axial"]["query"] = 40 * apart / jnp.linalg.norm(apart)
+    heat = model.heat(params, given, method=method)
+    assert heat.shape == (1, 8, 2, 2)
+    np.testing.assert_allclose(heat.sum(), 1.0, atol=1e-5)
+    assert heat[0].sum(axis=(1, 2)).argmax() == model.weights(params, given)[0]["axial"][0].argmax() == 5
+    three, _ = made(("axial", "coronal", "sagittal"), size=(8, 8, 8))
+    query = params["views"]["axial"]
+    of_three = params | {"views": dict.fromkeys(three.views, query), "fusion": query}
+    laid = three.heat(of_three, given, method=method)
+    assert laid.shape == (1, 8, 8, 8)
+    np.testing.assert_allclose(laid.sum(), 1.0, atol=1e-5)
+
+
+def test_attention_heat_is_the_weight_of_the_slice_times_what_its_cls_attends_to():
+    model, params = made()
+    given = volumes(count=1)
+    weights = np.asarray(model.weights(params, given)[0]["axial"][0])
+    within = np.asarray(explain.attention(model.encoder, params["encoder"], given[0]))
+    shares = within / within.sum(axis=(1, 2), keepdims=True)
+    expected = weights[:, None, None] * shares
+    np.testing.assert_allclose(model.heat(params, given, method="attention")[0], expected / expected.sum(), atol=1e-6)
+
+
+def test_a_views_heat_is_laid_on_the_voxels_that_it_saw():
+    size = (4, 6, 8)
+    heat = np.zeros((1, 6, 2, 2), np.float32)  # coronal: slice 4 along H, its lower left patch: D from 2 on, W below 4
+    heat[0, 4, 1, 0] = 1.0
+    laid = np.asarray(slices._on_voxels(jnp.asarray(heat), "coronal", size))[0]
+    expected = np.zeros(size, bool)
+    expected[2:, 4, :4] = True
+    np.testing.assert_array_equal(laid > 0, expected)
+    np.testing.assert_allclose(laid.sum(), 1.0, atol=1e-6)
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_masks_is_entropy_and_dice_and_nothing_where_there_is_no_mask():
+    logits = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
+    masks = np.zeros(logits.shape, bool)
+    masks[0, 0, :2], masks[1, 1] = True, True
+    found = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    entropy = -(masks * np.log(found) + ~masks * np.log(1 - found)).mean(axis=(1, 2, 3))
+    dice = (2 * (found * masks).sum(axis=(1, 2, 3)) + 1) / (found.sum(axis=(1, 2, 3)) + masks.sum(axis=(1, 2, 3)) + 1)
+    expected = np.where([True, True, False], entropy + 1 - dice, 0.0)
+    np.testing.assert_allclose(pixels.loss(logits, masks), expected, atol=1e-5)
+    gradient = jax.grad(lambda logits: pixels.loss(logits, masks).sum())(logits)
+    assert np.isfinite(gradient).all()
+    assert not gradient[2].any()
+
+
+@pytest.mark.parametrize("view", slices.VIEWS)
+def test_a_decoder_sees_each_voxel_where_it_is(view):
+    """Its logits change with the patches around a voxel and not with those far from it, whatever the view."""
+    size = (16, 16, 16)
+    model, params = made((view,), size=size, decodes=True)
+    model = slices.SliceViT(model.encoder.clone(depth=0), size, model.views, 3, decodes=True)  # no block, so no attention between patches
+    given = volumes(size, count=1)
+    changed = given.at[0, 1, 14, 1].add(3.0)
+    before, after = (model.apply({"params": params}, one, masks=True)[1] for one in (given, changed))
+    difference = np.abs(np.asarray(after - before))[0]
+    assert difference.shape == size
+    assert difference[1, 14, 1] > 1e-3
+    assert difference[15, 0, 15] < 1e-6
+    np.testing.assert_array_equal(before.shape, (1, *size))
+    np.testing.assert_allclose(model.apply({"params": params}, given), model.apply({"params": params}, given, masks=True)[0], atol=1e-5)
+
+
+def test_masks_go_where_augmentation_takes_the_images():
+    generator = np.random.default_rng(0)
+    masks = generator.random((4, 3, 8, 8)) > 0.7
+    how = augment.Augmentation(flip_h=0.5, flip_w=0.5, quarter_turns=True, brightness=0.3, contrast=0.3)
+    key = jax.random.key(5)
+    moved = augment.moved(key, jnp.asarray(masks), how)
+    plain = augment.Augmentation(flip_h=0.5, flip_w=0.5, quarter_turns=True)
+    images = augment.apply(key, jnp.asarray(masks, jnp.float32)[..., None], plain)[..., 0]
+    np.testing.assert_array_equal(moved, images > 0.5)
+    assert not np.array_equal(moved, masks)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "micro.safetensors"
+    safetensors.numpy.save_file(tensors_of_a_micro_model(), path)
+    return path
+
+
+ANYMC3D = VIT3D.replace("vit3d", "anymc3d")
+SMALL = ["--config.train.epochs=1", "--config.train.batch_size=100", "--config.seeds=0,1"]
+
+
+def call(command, *argv):
+    return cli.run_cli(command.main, [str(argument) for argument in argv])
+
+
+@pytest.fixture(scope="module")
+def run(file, tmp_path_factory):
+    """Three views, LoRA of each, and masks."""
+    workdir = tmp_path_factory.mktemp("anymc3d") / "run"
+    spec = f"{ANYMC3D}:dataset=phantom3d,patch=14,variant=vit_micro,pretrained={file},views=axial+coronal+sagittal"
+    assert call(main, f"--config={spec}", *SMALL, "--config.train.mask_weight=1", f"--workdir={workdir}") == 0
+    return workdir
+
+
+def test_a_run_counts_what_it_is_and_is_evaluated_and_given_away(run, tmp_path, capsys):
+    result = json.loads((run / "result.json").read_text())
+    width, rank = 48, 8
+    lora = (14 * 14 * 3 + width) * rank + 2 * 4 * 2 * width * rank
+    decoder = pixels.num_params(width)
+    assert result["num_trainable_params"] == 3 * (lora + width) + width + decoder + (width + 1) * 2
+    assert result["patch_size"] == [1, 14, 14]
+    assert result["num_tokens"] == 3 * 28 * 5
+    assert call(evaluate, f"--workdir={run}", f"--out={tmp_path / 'out.json'}") == 0
+    assert json.loads((tmp_path / "out.json").read_text())["test"]["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    assert call(export, f"--workdir={run}", "--format=stablehlo", f"--out={tmp_path / 'program'}", "--seed=1") == 0
+    capsys.readouterr()
+    assert call(export, f"--workdir={run}", "--format=safetensors", f"--out={tmp_path / 'weights'}") == 2
+    assert "sees slices" in capsys.readouterr().err
+
+
+def test_only_the_plugin_is_trained_and_the_decoder_only_by_masks(file):
+    spec = f"{ANYMC3D}:dataset=phantom3d,patch=14,variant=vit_micro,pretrained={file}"
+    fields = {"train.mask_weight": "1", "seeds": "0", "train.weight_decay": "0", "train.micro_batch_size": "1", "train.batch_size": "2"}
+    planned = experiment.plan(config.load(spec, fields))
+    start = starts.of(planned, begun=False)
+    recipe = experiment.recipe(planned, steps_per_epoch=3, base=start.base)
+    state, _ = experiment.programs.create(recipe, start.trained)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == planned.num_trained_params
+    split = sources.load("phantom3d", size=28).splits["train"]
+    chosen = np.flatnonzero(split.masks.any(axis=(1, 2, 3)))[:2]
+    arrays = {"images": split.images, "labels": split.labels, "lesions": split.masks}
+    moved = {}
+    for name, lesions in (("drawn", split.masks), ("none", np.zeros_like(split.masks))):
+        batches = {key: np.stack([array[chosen]] * 3)[None] for key, array in (arrays | {"lesions": lesions}).items()}
+        batches["mask"] = np.ones((1, 3, 2), bool)
+        program, _ = experiment.programs.compile_chunk(recipe, batches, {})
+        after, losses = program(jax.tree.map(jnp.copy, state), batches, 3, {})
+        assert np.isfinite(losses).all()
+        moved[name] = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), after.params, state.params)
+    assert min(jax.tree.leaves(moved["drawn"])) > 0
+    assert max(jax.tree.leaves(moved["none"]["decoder"])) == 0
+    assert min(jax.tree.leaves({name: moved["none"][name] for name in ("head", "views")})) > 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "fields", "words"),
+    [
+        (VIT3D, {"model.views": "axial,oblique"}, "'oblique' is no view of a volume; there are axial, coronal, sagittal"),
+        (VIT3D, {"model.views": "axial,axial"}, "views that each come once"),
+        (VIT2D, {"model.views": "axial"}, "is 2D, and views are of volumes"),
+        (VIT3D, {"model.views": "axial", "model.patch_size": "7,14,14"}, "slices are one deep"),
+        (VIT3D, {"model.views": "axial", "model.pooling": "attention"}, "slices are pooled by a query"),
+        (VIT3D, {"model.views": "axial", "mesh.sequence": "2"}, "slices are pooled by a query"),
+        (VIT3D, {"train.mask_weight": "1"}, "masks supervise the slices of model.views; name views"),
+        (VIT3D, {"model.views": "axial", "train.mask_weight": "1", "train.mixup": "0.2"}, "masks are not mixed"),
+        (VIT3D, {"model.views": "axial", "train.mask_weight": "1", "data.resize": "56"}, "masks are as the images are stored"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(spec, fields, words):
+    dataset = "phantom2d" if spec == VIT2D else "phantom3d"
+    with pytest.raises(config.InputError) as raised:
+        planning.plan(config.load(f"{spec}:dataset={dataset},patch=14,variant=vit_micro,pretrained=", fields))
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_one_slice_is_no_volume_and_a_set_without_masks_has_none(file, tmp_path, capsys):
+    with pytest.raises(config.InputError, match=r"volumes of 1x28x28 have 1 slice in the axial view; leave the view out, or take a 2D"):
+        slices.num_slices(("coronal", "axial"), (1, 28, 28))
+    numbers = np.random.default_rng(0).integers(0, 256, (12, 28, 28), np.uint8)
+    scans = tmp_path / "scans"
+    for index, image in enumerate(numbers):
+        place = scans / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.repeat(image[..., None], 4, axis=2), np.eye(4)), place / f"{index}.nii.gz")
+    spec = f"{ANYMC3D}:dataset=folder:{scans},patch=7,variant=vit_micro,pretrained={file},size=28"
+    flags = [f"--config.data.cache={tmp_path / 'cache'}", *SMALL, "--config.train.mask_weight=1", f"--workdir={tmp_path / 'run'}"]
+    assert call(main, f"--config={spec}", *flags) == 2
+    assert "has no masks of lesions; take 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_stopped_and_continued_it_is_the_same(run, file, tmp_path):
+    """The checkpoint of a run with views holds what it needs: without its result it is finished again, with the same bytes."""
+    whole = (run / "predictions" / "test.npz").read_bytes()
+    (run / "result.json").unlink()
+    (run / "predictions" / "test.npz").unlink()
+    spec = f"{ANYMC3D}:dataset=phantom3d,patch=14,variant=vit_micro,pretrained={file},views=axial+coronal+sagittal"
+    assert call(main, f"--config={spec}", *SMALL, "--config.train.mask_weight=1", f"--workdir={run}") == 0
+    assert (run / "predictions" / "test.npz").read_bytes() == whole
+    assert folder.RunFolder(run).read_result() is not None
