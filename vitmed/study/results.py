@@ -108,6 +108,7 @@ def costs(data_set: analysis.DataSet) -> Table:
         numbers = [
             (f"{result['num_tokens']:,}", result["num_tokens"]),
             (f"{result['gmacs_forward']:.3g}", result["gmacs_forward"]),
+            (f"{result['num_trainable_params']:,}", result["num_trainable_params"]),
             (f"{result['train_seconds']:,.0f}", result["train_seconds"]),
             (f"{result['test_milliseconds_per_image']:.2f}", result["test_milliseconds_per_image"]),
             ("-", None) if peak is None else (f"{peak / 2**30:.2f}", peak),
@@ -117,8 +118,8 @@ def costs(data_set: analysis.DataSet) -> Table:
             _mean_cell(member.expected_calibration_error),
         ]
         rows.append((Cell(member.subject.name), *(Cell(text, number) for text, number in numbers)))
-    header = ("", "tokens", "GMACs", "training s, all seeds", "ms / test image", "peak GiB", "last training loss")
-    header += ("best validation loss", "Brier score", "expected calibration error")
+    header = ("", "tokens", "GMACs", "trained parameters", "training s, all seeds", "ms / test image", "peak GiB")
+    header += ("last training loss", "best validation loss", "Brier score", "expected calibration error")
     devices = ", ".join(dict.fromkeys(member.subject.run.result["device"] for member in members))
     caption = f"{data_set.num_images:,} test images, {seeds_text(members)}, on {devices}."
     return Table(f"{title(data_set)}: cost, losses and calibration", caption, header, tuple(rows))
