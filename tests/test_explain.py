@@ -25,6 +25,7 @@ FORMS = [
     ("mean", False, 2),
     ("map", False, 0),
     ("map", True, 1),
+    ("attention", True, 0),
     ("distilled", True, 1),
 ]
 # Image, patch, kernel, grid.
@@ -83,11 +84,12 @@ def in_numpy(model, params, tokens):
         x = x + mlp(normalised(x, b["norm2"]), b["mlp"]) * b["ls2"]["gamma"]
     x = normalised(x, p["norm"])
     patches = x[:, model.num_prefix_tokens :]
-    if model.pooling == "map":
-        pool = p["attn_pool"]
+    if model.pooling in ("map", "attention"):
+        pool = p["attn_pool" if model.pooling == "map" else "head_pool"]
         q = np.broadcast_to(linear(pool["latent"], pool["q"]), (len(x), 1, x.shape[-1]))
         mixed = linear(attend(q, *np.split(linear(patches, pool["kv"]), 2, axis=-1)), pool["proj"])[:, 0]
-        return linear(mixed + mlp(normalised(mixed, pool["norm"]), pool["mlp"]), p["head"]), kept
+        more = mlp(normalised(mixed, pool["norm"]), pool["mlp"]) if model.pooling == "map" else 0
+        return linear(mixed + more, p["head"]), kept
     if model.pooling == "distilled":
         return (linear(x[:, 0], p["head"]) + linear(x[:, 1], p["head_dist"])) / 2, kept
     return linear(x[:, 0] if model.pooling == "cls" else patches.mean(axis=1), p["head"]), kept
@@ -112,7 +114,7 @@ def looked_at(model, weights):
     """[B, N]: each token's share in what is classified."""
     num_tokens, prefix = weights[0].shape[-1], model.num_prefix_tokens
     share = np.zeros((2, num_tokens))
-    if model.pooling == "map":
+    if model.pooling in ("map", "attention"):
         share[:, prefix:] = weights[-1].mean(axis=1)[:, 0]
     elif model.pooling == "mean":
         share[:, prefix:] = 1 / (num_tokens - prefix)
@@ -143,7 +145,7 @@ def test_attention_and_rollout_are_products_of_whole_matrices(form):
     _, weights = in_numpy(model, params, embedded(model, params, images))
     blocks = [each.mean(axis=1) for each in weights[: model.depth]]
     share = looked_at(model, weights)
-    expected = share if model.pooling == "map" else np.einsum("bm,bmn->bn", share, blocks[-1])
+    expected = share if model.pooling in ("map", "attention") else np.einsum("bm,bmn->bn", share, blocks[-1])
     prefix = model.num_prefix_tokens
     np.testing.assert_allclose(compiled(explain.attention, model, params, images).reshape(2, -1), expected[:, prefix:], atol=1e-6)
     product = np.eye(blocks[0].shape[-1])

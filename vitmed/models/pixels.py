@@ -15,7 +15,10 @@ SMOOTH = 1.0  # voxels, added above and below in Dice's ratio
 
 
 class Decoder(nn.Module):
-    """Norm, a linear layer to 32 channels, one 3x3x3 convolution, GELU, resized in the plane, a linear layer to one logit."""
+    """Norm, a linear layer to 32 channels, one 3x3x3 convolution, GELU, a linear layer to one logit, resized in the plane.
+
+    Resizing is linear too, so that it may come last, where there is one channel and not 32.
+    """
 
     @nn.compact
     def __call__(self, patches: jax.Array, plane: tuple[int, int]) -> jax.Array:
@@ -23,8 +26,8 @@ class Decoder(nn.Module):
         x = layers.layer_norm("norm", jnp.float32)(patches)
         x = nn.Dense(WIDTH, name="project")(x)
         x = layers.gelu(nn.Conv(WIDTH, (3, 3, 3), name="mix")(x))
-        x = jax.image.resize(x, (*x.shape[:2], *plane, WIDTH), "linear")
-        return nn.Dense(1, name="logit")(x)[..., 0]
+        logits = nn.Dense(1, name="logit")(x)[..., 0]
+        return jax.image.resize(logits, (*logits.shape[:2], *plane), "linear")
 
 
 def loss(logits: jax.Array, masks: jax.Array) -> jax.Array:
