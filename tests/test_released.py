@@ -17,6 +17,7 @@ from vitmed.training import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+PLUGINS = ("anymc3d.py", "compare3d.py")
 SMALL = ["--config.train.epochs=2", "--config.train.batch_size=250", "--config.seeds=0", "--config.eval.batch_size=100"]
 # Departure -> what it sets, by the study's list.
 FIELDS_2D = {"inversion": {"data.invert": True}, "input_scale": {"model.mean": (0.0,), "model.std": (1.0,)}}
@@ -76,15 +77,19 @@ def test_each_departure_sets_its_fields_and_nothing_else(rank, fields):
 
 # What is cross-validated is not for a config to say; test_folds.py has their points.
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("folds")])
-def test_every_point_of_every_sweep_can_run_and_is_a_run_of_its_own(name):
+def test_every_point_of_every_sweep_can_run_and_is_a_run_of_its_own(name, file):
+    # Plugins need a base; the others are planned without reading one.
+    base = {"model.variant": "vit_micro", "model.pretrained": str(file)} if name in PLUGINS else {"model.pretrained": ""}
     todo = points.of_sweep(config.load_module(f"{ROOT}/configs/{name}"))
     digests = set()
     for point in todo:
-        assert point.name == "-".join([point.arguments["dataset"], *(f"{k}{v}" for k, v in point.arguments.items() if k != "dataset")])
-        made = planned(f"{name}:{point.argument}", {"model.pretrained": ""})
+        named = "-".join([point.arguments["dataset"], *(f"{k}{v}" for k, v in point.arguments.items() if k != "dataset")])
+        assert point.name == named.replace("+", "_")
+        made = planned(f"{name}:{point.argument}", base)
         # What a point is called is what it is.
         assert made.description.name == point.arguments["dataset"]
-        assert config.patch_text(made.patch_size) == point.arguments["patch"]
+        edge = point.arguments.get("plane") or point.arguments["patch"]
+        assert config.patch_text(made.patch_size) == (f"1x{edge}x{edge}" if name in PLUGINS else edge)
         digests.add(folder.digest(made.config.to_dict()))
     assert len(digests) == len(todo)
 

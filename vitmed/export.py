@@ -195,7 +195,7 @@ def of_plugin(source: Source, index: int, kind: str) -> tuple[bytes, Callable[[A
     data = record.packed(source.planned, params, seed=seed, val_loss=source.run.result["val"]["loss"][place])
     with tempfile.TemporaryDirectory() as there:
         path = pathlib.Path(there) / "weights.safetensors"
-        path.write_bytes(data)
+        files.write_whole(path, data)
         return data, of_file(source, path)
 
 
