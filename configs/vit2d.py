@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.variant = given["variant"]
     config.model.patch_size = given["patch"]  # pixels; one entry stands for all axes
+    config.model.patch_sizes = ""  # one network for several, such as 28,14,7,4 (of which patch_size is one); see docs/flexi.md
     config.model.kernel_size = (0,)  # pixels along each axis that a patch's token is computed from; 0: those of the patch
     default = AUGREG.get(given["variant"], "")
     config.model.pretrained = default if given["pretrained"] == "default" else given["pretrained"]  # empty: from scratch

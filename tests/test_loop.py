@@ -36,7 +36,7 @@ def start(cfg, path, *, signals=None, dataset=None, steps_per_chunk=None, checkp
         plan = dataclasses.replace(plan, steps_per_chunk=steps_per_chunk)
     run_folder = folder.RunFolder(path)
     run_folder.create(cfg.to_dict())
-    return loop.train(
+    (found,) = loop.train(
         experiment.recipe(planned, steps_per_epoch=plan.steps_per_epoch),
         plan=plan,
         dataset=dataset,
@@ -48,6 +48,7 @@ def start(cfg, path, *, signals=None, dataset=None, steps_per_chunk=None, checkp
         placement=cfg.data.placement,
         label="test",
     )
+    return found
 
 
 def assert_same_bytes(one: list[np.ndarray], other: list[np.ndarray]) -> None:
@@ -206,7 +207,7 @@ def test_every_task_trains_and_is_measured(small_config, tmp_path, task):
     dataset = sources.Dataset(description, splits, None)
     plan = experiment.step_plan(planned, 600)
     run_folder = folder.RunFolder(tmp_path)
-    outcome = loop.train(
+    (outcome,) = loop.train(
         experiment.recipe(planned, steps_per_epoch=plan.steps_per_epoch),
         plan=plan,
         dataset=dataset,

@@ -16,6 +16,7 @@ from test_loop import StopAt, assert_same_bytes, start
 from vitmed import cli, config, evaluate, experiment
 from vitmed.runs import folder
 from vitmed.training import evaluation, loop, step, tracking
+from vitmed.training import outcome as outcomes
 
 SCRIPT = {0: [1.0, 0.8, 0.9, 0.85, 0.1, 0.1], 1: [1.0, 0.9, 0.7, 0.8, 0.75, 0.1]}
 SMALL = {"model.variant": "vit_micro", "train.epochs": "8", "train.patience": "2", "train.batch_size": "300"}  # 2 steps an epoch
@@ -89,11 +90,11 @@ def test_an_epoch_that_has_begun_is_completed_and_only_patience_ends_a_run_early
     rows = [{"best_epoch": [1, 2]}] * 3
     how = {"losses": [[], []], "rows": rows, "train_seconds": 0, "compile_seconds": 0, "data_md5": None}
     for chunk, failed, ended in [(6, [False, True], True), (7, [False, True], False), (6, [False, False], False), (20, [False] * 2, True)]:
-        assert loop.Progress(chunk, failed=failed, **how).ended(plan, 2) == ended
-    assert not loop.Progress(6, failed=[True, True], **how).ended(plan, 0)
-    assert loop.Progress(6, failed=[False, True], **how).spent(2) == [True, False]
-    assert loop.Progress(2, failed=[False], **{**how, "rows": []}).spent(1) == [False]
-    never = loop.Progress(6, failed=[False], **{**how, "rows": [{"best_epoch": [0]}] * 2})  # its losses are not finite
+        assert outcomes.Progress(chunk, failed=failed, **how).ended(plan, 2) == ended
+    assert not outcomes.Progress(6, failed=[True, True], **how).ended(plan, 0)
+    assert outcomes.Progress(6, failed=[False, True], **how).spent(2) == [True, False]
+    assert outcomes.Progress(2, failed=[False], **{**how, "rows": []}).spent(1) == [False]
+    never = outcomes.Progress(6, failed=[False], **{**how, "rows": [{"best_epoch": [0]}] * 2})  # its losses are not finite
     assert (never.spent(2), never.spent(3)) == ([True], [False])
 
 
@@ -109,7 +110,7 @@ def test_a_seed_out_of_patience_keeps_its_best_and_takes_nothing_later():
 
 def test_a_failure_after_the_end_of_a_seeds_patience_does_not_count():
     rows = [{"best_epoch": [1, 2]}] * 3
-    progress = loop.Progress(3, losses=[[], []], failed=[False, False], rows=rows, train_seconds=0, compile_seconds=0, data_md5=None)
+    progress = outcomes.Progress(3, losses=[[], []], failed=[False, False], rows=rows, train_seconds=0, compile_seconds=0, data_md5=None)
     state = step.TrainState(jnp.zeros(2), {}, (), jnp.array([9, 9]))
     training, recipe = loop.Training(state, None, progress), types.SimpleNamespace(seeds=(0, 1), patience=2)
     chunk = types.SimpleNamespace(number=3, num_steps=1, num_examples=8, batches={})

@@ -88,7 +88,7 @@ def test_every_point_of_every_sweep_can_run_and_is_a_run_of_its_own(name, file):
         made = planned(f"{name}:{point.argument}", base)
         # What a point is called is what it is.
         assert made.description.name == point.arguments["dataset"]
-        edge = point.arguments.get("plane") or point.arguments["patch"]
+        edge = point.arguments.get("plane") or point.arguments.get("patch") or point.arguments["patches"].rpartition("+")[2]
         assert config.patch_text(made.patch_size) == (f"1x{edge}x{edge}" if name in PLUGINS else edge)
         digests.add(folder.digest(made.config.to_dict()))
     assert len(digests) == len(todo)

@@ -56,6 +56,7 @@ def memory(planned: planning.Experiment, device: machine.Device, *, images: int 
     The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
     of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
     """
+    planned = max(planned.forms, key=lambda form: form.num_tokens)
     return _memory(planned, device, remat(planned, device, images=images), images)
 
 

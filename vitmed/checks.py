@@ -57,6 +57,34 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
     return shapes
 
 
+def patch_sizes(config: ml_collections.ConfigDict, shapes: Geometry) -> tuple[tuple[int, ...], ...]:
+    """The patch sizes that `model.patch_sizes` names, each as `model.patch_size` is written; none where the network has but one.
+
+    InputError where that is none of them, or they do not go with another field.
+    """
+    text, model, rank = config.model.patch_sizes, config.model, len(shapes.patch_size)
+    if not text:
+        return ()
+    name = f"model.patch_sizes={text}"
+    found = [config_lib.parse("model.patch_sizes", part.strip(), (0,)) for part in text.split(",")]
+    whole = [config_lib.per_axis("model.patch_sizes", size, rank) for size in found]
+    for size in whole:
+        cost.grid(shapes.image_size, size)
+    several = len(whole) > 1 and len(set(whole)) == len(whole)
+    config_lib.require(several, "model.patch_sizes", text, "two or more that each come once, such as 28,14,7; or empty")
+    if shapes.patch_size not in whole:
+        raise config_lib.InputError(f"model.patch_size={config_lib.patch_text(shapes.patch_size)}: must be one of {name}")
+    needs = {
+        "model.views": (model.views, ""),
+        "model.kernel_size": (model.kernel_size, (0,)),
+        "model.position_resize": (model.position_resize, "bicubic"),
+        "mesh.sequence": (config.mesh.sequence, 1),  # of large patches there are few tokens
+    }
+    for field, (value, usual) in needs.items():
+        config_lib.require(value == usual, field, value, f"{config_lib.example(usual) or 'empty'} with {name}")
+    return tuple(found)
+
+
 def _of_slices(name: str, value: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The patch or kernel of slices as one of volumes: one deep."""
     good = len(value) == 1 or value[0] in ((1,) if name == "patch_size" else (0, 1))

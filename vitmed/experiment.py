@@ -6,7 +6,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import sys
@@ -17,21 +16,23 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import budget, features, planning, record
+from vitmed import building, features, planning, record
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed import start as starts
 from vitmed.data import pipeline, sources
-from vitmed.models import adapters, attention, build, inputs, slices, vit
 from vitmed.runs import checkpoint, folder, guard, machine, processes
-from vitmed.training import loop, optim, programs, sharding, tasks, tracking, writers
+from vitmed.training import loop, sharding, tracking, writers
+from vitmed.training import outcome as outcomes
 
 Experiment, plan = planning.Experiment, planning.plan
+build_model, recipe, learning_rate = building.build_model, building.recipe, building.learning_rate
 # A chunk should last about five seconds at most on two slow cores, so that signals and checkpoints never wait long. What a step costs is
 # estimated, never measured: chunk boundaries must follow from the config alone.
 CHUNK_SECONDS = 5.0
 CHUNK_BYTES = 2**28  # of streamed images
+MIXED_STEPS = 8  # of a chunk at one of several patch sizes: short, so that they take turns within an epoch
 
 
 def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
@@ -39,6 +40,8 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     train, runs = experiment.config.train, len(experiment.seeds)
     image_bytes = math.prod(experiment.description.image_size) * experiment.description.num_channels  # as they are stored
     most = min(CHUNK_SECONDS / experiment.step_seconds, CHUNK_BYTES / (runs * train.batch_size * image_bytes))
+    if experiment.patch_sizes:
+        most = min(most, MIXED_STEPS)
     steps_per_epoch = math.ceil(num_examples / train.batch_size)
     chunks = math.ceil(steps_per_epoch / max(1, int(most)))
     return pipeline.Plan(
@@ -48,116 +51,6 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
         steps_per_chunk=math.ceil(steps_per_epoch / chunks),  # chunks of an epoch as equal as can be
         sampler=train.sampler,
     )
-
-
-def build_model(experiment: Experiment) -> vit.ViT | slices.SliceViT:
-    """The network, computing as suits the devices; a ViT's LoRA is not in it but in its parameters, by `adapters.effective`."""
-    config, device, mesh = experiment.config, machine.device(), experiment.mesh
-    form = experiment.attention_form(device.platform)
-    local = attention.choose(form, platform=device.platform, num_tokens=experiment.num_tokens)
-    model = build.model(
-        experiment.network.architecture,
-        patch_size=experiment.encoded.patch_size,
-        kernel_size=experiment.encoded.kernel_size,
-        num_classes=None if experiment.views else experiment.description.num_classes,
-        drop_path=config.model.drop_path,
-        adapter_width=experiment.tuning.adapter_width,
-        adapter_scale=experiment.tuning.adapter_scale,
-        dtype=config.model.dtype,
-        attention=sharding.attention(mesh, local, num_tokens=experiment.num_tokens),
-        remat=budget.remat(experiment, device),
-        token_multiple=mesh.shape["sequence"],
-    )
-    return slices_model(experiment, model) if experiment.views else model
-
-
-def slices_model(experiment: Experiment, encoder: vit.ViT) -> slices.SliceViT:
-    """The network of an experiment with views, around its encoder."""
-    return slices.SliceViT(
-        encoder=encoder,
-        image_size=experiment.image_size,
-        views=experiment.views,
-        num_classes=experiment.description.num_classes,
-        lora=experiment.tuning.lora,
-        decodes=experiment.config.train.mask_weight > 0,
-    )
-
-
-def recipe(experiment: Experiment, *, steps_per_epoch: int, labels: np.ndarray | None = None, base: Any = None) -> programs.Recipe:
-    """What the device programs are made of, with the `base` of a plugin.
-
-    To train with balanced class weights it needs the `labels` [N, L] of the training split.
-    """
-    config, description, network = experiment.config, experiment.description, experiment.network
-    device, mesh = machine.device(), experiment.mesh
-    model = build_model(experiment)
-    train = config.train
-    return programs.Recipe(
-        init=functools.partial(_initialise, experiment, model),
-        apply=model.apply if experiment.views else adapters.applying(model.apply, experiment.tuning.lora),
-        prepare=functools.partial(
-            inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std, image_size=experiment.image_size
-        ),
-        task=tasks.TASKS[description.task],
-        optimizer=optim.adamw(
-            learning_rate(experiment, steps_per_epoch=steps_per_epoch),
-            weight_decay=train.weight_decay,
-            beta1=train.beta1,
-            beta2=train.beta2,
-            epsilon=train.epsilon,
-            layer_decay=train.layer_decay,
-        ),
-        augmentation=experiment.augmentation,
-        seeds=experiment.seeds,
-        mesh=mesh,
-        # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
-        mapped=device.platform == "cpu",
-        micro_batch_size=budget.micro_batch_size(experiment, device),
-        objective=objective(experiment, labels),
-        mixup=train.mixup,
-        mask_weight=train.mask_weight,
-        ema_decay=train.ema_decay,
-        patience=train.patience,
-        tuning=experiment.tuning,
-        base=jax.tree.map(sharding.put, base or {}, sharding.state(mesh, base or {}, leading=0)),
-    )
-
-
-def _initialise(experiment: Experiment, model: vit.ViT | slices.SliceViT, key: jax.Array) -> Any:
-    """Fresh parameters, LoRA's included."""
-    if isinstance(model, slices.SliceViT):
-        return model.initialise(key, in_channels=experiment.config.model.in_channels)
-    params = build.initialise(model, key, image_size=experiment.image_size, in_channels=experiment.config.model.in_channels)
-    lora = experiment.tuning.lora
-    return params if lora is None else params | {"lora": adapters.fresh_lora(jax.random.fold_in(key, adapters.KEY), params, lora)}
-
-
-def learning_rate(experiment: Experiment, *, steps_per_epoch: int) -> Any:
-    """The schedule: step -> learning rate."""
-    train = experiment.config.train
-    return optim.schedule(
-        train.schedule,
-        train.learning_rate,
-        epochs=train.epochs,
-        steps_per_epoch=steps_per_epoch,
-        warmup_epochs=train.warmup_epochs,
-        lr_step_epochs=train.lr_step_epochs,
-        lr_gamma=train.lr_gamma,
-    )
-
-
-def objective(experiment: Experiment, labels: np.ndarray | None) -> tasks.Objective | None:
-    """What a step minimises, None for the task's own loss; InputError where the labels [N, L] cannot be balanced."""
-    train, description = experiment.config.train, experiment.description
-    task, weights = tasks.TASKS[description.task], None if train.class_weights == "none" else train.class_weights
-    if weights == "balanced":
-        if labels is None:  # prediction needs no objective
-            return tasks.UNKNOWN
-        weights = tasks.balanced_weights(task, labels, description.class_names)
-    if weights is None and not (train.label_smoothing or train.focal_gamma or train.mixup):
-        return None
-    shaped = {"label_smoothing": train.label_smoothing, "focal_gamma": train.focal_gamma}
-    return tasks.objective(task, num_classes=description.num_classes, class_weights=weights, **shaped)
 
 
 def run(experiment: Experiment, run_folder: folder.RunFolder) -> dict[str, Any]:
@@ -198,7 +91,7 @@ def _inputs(experiment: Experiment, run_folder: folder.RunFolder) -> tuple[sourc
     dataset = processes.main_first(experiment.load)
     if dataset.words and processes.is_main():
         print(f"vitmed: {dataset.words}", file=sys.stderr)
-    processes.by_all(lambda: objective(experiment, dataset.splits["train"].labels))
+    processes.by_all(lambda: building.objective(experiment, dataset.splits["train"].labels))
     masks, weight = dataset.splits["train"].masks, experiment.config.train.mask_weight
     if weight and (masks is None or not masks.any()):
         raise config_lib.InputError(f"train.mask_weight={weight}: {experiment.description.name} has no masks of lesions; take 0")
@@ -226,9 +119,9 @@ def _train(
 ) -> dict[str, Any]:
     """Train, and write what a finished run leaves."""
     with _followed(experiment, run_folder) as observer:
-        outcome = _outcome(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
-        result = record.leave(experiment, run_folder, dataset=dataset, outcome=outcome, base=start.base)
-        observer.finished(outcome.measured["test"], lambda: record.shown(run_folder))
+        found = _outcomes(experiment, run_folder, dataset=dataset, signals=signals, start=start, observer=observer)
+        result = record.leave_all(experiment, run_folder, dataset=dataset, found=found, base=start.base)
+        observer.finished(found[experiment.own].measured["test"], lambda: record.shown(run_folder))
     return result
 
 
@@ -241,7 +134,7 @@ def _followed(experiment: Experiment, run_folder: folder.RunFolder) -> tracking.
     return writers.start(tracked.writers, run_folder.path, config=fields, seeds=experiment.seeds, **names)
 
 
-def _outcome(
+def _outcomes(
     experiment: Experiment,
     run_folder: folder.RunFolder,
     *,
@@ -249,13 +142,13 @@ def _outcome(
     signals: guard.Signals,
     start: starts.Start,
     observer: tracking.Observer,
-) -> loop.Outcome:
+) -> list[outcomes.Outcome]:
     """Train to the end, from features where they are the same in every epoch."""
     config, labels = experiment.config, dataset.splits["train"].labels
     schedule = step_plan(experiment, len(labels))
     made = recipe(experiment, steps_per_epoch=schedule.steps_per_epoch, labels=labels, base=start.base)
     kept = features.cached(experiment, made, dataset, check=signals.check)
-    outcome = loop.train(
+    found = loop.train(
         kept.recipe if kept else made,
         plan=schedule,
         dataset=kept.dataset if kept else dataset,
@@ -269,7 +162,7 @@ def _outcome(
         start=start.trained,
         observer=observer,
     )
-    return kept.counted(outcome) if kept else outcome
+    return [kept.counted(outcome) for outcome in found] if kept else found
 
 
 def finished(config: ml_collections.ConfigDict, run_folder: folder.RunFolder) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from vitmed import __version__, cli, experiment, inference, network, planning, record
+from vitmed import __version__, building, cli, inference, network, planning, record
 from vitmed import config as config_lib
 from vitmed.data import medmnist, sources
 from vitmed.models import adapters, build, inputs, pretrained, snippets, stablehlo, weights
@@ -189,7 +189,7 @@ def of_plugin(source: Source, index: int, kind: str) -> tuple[bytes, Callable[[A
     place = restored.planned.seeds.index(seed)
     trained = jax.tree.map(lambda leaf: leaf[place], restored.params)
     params = adapters.join(restored.recipe.base, trained)
-    params = params if source.planned.views else adapters.effective(params, source.planned.tuning.lora)
+    params = params if source.planned.views else source.planned.computed_with(params)
     if kind != "safetensors":
         return b"", network_of(source, params)
     data = record.packed(source.planned, params, seed=seed, val_loss=source.run.result["val"]["loss"][place])
@@ -227,7 +227,7 @@ def network_of(source: Source, params: Any) -> Callable[[Any], jax.Array]:
     )
     preprocess = {"in_channels": config.model.in_channels, "mean": net.mean, "std": net.std, "image_size": planned.image_size}
     return stablehlo.program(
-        experiment.slices_model(planned, module) if planned.views else module,
+        building.slices_model(planned, module) if planned.views else module,
         params,
         prepare=functools.partial(inputs.prepare, **preprocess),
         probabilities=tasks.TASKS[planned.description.task].probabilities,

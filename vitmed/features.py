@@ -19,7 +19,8 @@ import numpy as np
 from vitmed import planning
 from vitmed.data import pipeline, sources
 from vitmed.runs import processes
-from vitmed.training import loop, programs, sharding
+from vitmed.training import outcome as outcomes
+from vitmed.training import programs, sharding
 
 MOST_BYTES = 4 * 2**30  # of all splits together, on the host
 
@@ -33,7 +34,7 @@ class Cached:
     seconds: dict[str, float]
     compile_seconds: float
 
-    def counted(self, outcome: loop.Outcome) -> loop.Outcome:
+    def counted(self, outcome: outcomes.Outcome) -> outcomes.Outcome:
         """An outcome with what the features took: a test image costs each run the whole network, though here it was computed once."""
         return dataclasses.replace(
             outcome,
@@ -47,7 +48,7 @@ def fixed(planned: planning.Experiment) -> bool:
     """Whether features are the same in every epoch: a head alone is trained, images are as they are, no branch is dropped."""
     config = planned.config
     still = not planned.augmentation.acts and not config.train.mixup and not config.model.drop_path
-    return planned.tuning.name == "head" and still
+    return planned.tuning.name == "head" and still and not planned.patch_sizes
 
 
 def cached(planned: planning.Experiment, recipe: programs.Recipe, dataset: sources.Dataset, *, check: Callable[[], None]) -> Cached | None:

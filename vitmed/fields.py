@@ -25,6 +25,7 @@ ADDED = {
     "model.lora_alpha": 16.0,
     "model.lora_rank": 8,
     "model.lora_targets": "qkv,proj",
+    "model.patch_sizes": "",
     "model.position_resize": "bicubic",
     "model.views": "",
     "tracking.name": "",

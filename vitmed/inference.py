@@ -22,7 +22,7 @@ from vitmed.data import preparation, streaming
 from vitmed.models import adapters, explain
 from vitmed.runs import checkpoint, folder, machine
 from vitmed.study import heatmaps, operating
-from vitmed.training import augment, loop, programs, step
+from vitmed.training import augment, outcome, programs, step
 
 Prediction = Callable[[np.ndarray], np.ndarray]
 Heat = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -36,7 +36,7 @@ class Restored:
     planned: experiment.Experiment
     recipe: programs.Recipe
     params: Any
-    progress: loop.Progress
+    progress: outcome.Progress
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def restore(path: pathlib.Path, planned: experiment.Experiment, *, steps_per_epo
             raise config_lib.InputError(f"{path}: no checkpoint; train it first with vitmed.main")
         _, best = recipe.abstract
         items = checkpoints.restore(latest, best=best, progress=None)
-    progress = loop.Progress(**items["progress"])
+    progress = outcome.Progress(**items["progress"])
     if not progress.rows:
         raise config_lib.InputError(f"{path}: no epoch is complete, so there are no best parameters yet; train on with vitmed.main")
     return Restored(path, planned, recipe, items["best"].params, progress)
@@ -169,7 +169,7 @@ def explainer(run: Restored, *, method: str, batch_size: int) -> Heat:
         params = adapters.join(base, params)
         if run.planned.views:
             return model.heat(params, prepared, classes, method=method)
-        return explain.heat(model, adapters.effective(params, run.planned.tuning.lora), prepared, classes, method=method)
+        return explain.heat(model, run.planned.computed_with(params), prepared, classes, method=method)
 
     program = _compiled(run, explained, np.empty((batch_size, *run.shape), np.uint8), np.empty((batch_size,), np.int32))
 

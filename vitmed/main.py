@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vitmed import apart, cli
 from vitmed import config as config_lib
 from vitmed.runs import cluster, folder, guard, processes
-from vitmed.study import tables
+from vitmed.study import points, tables
 
 EXAMPLES = """examples:
   python -m vitmed.main --config=configs/vit2d.py:dataset=breastmnist,patch=7 --workdir=runs/breast_p7
@@ -88,7 +88,7 @@ def run(spec: str, overrides: dict[str, str], workdir: pathlib.Path) -> int:
         result = experiment.run(planned, run_folder)
     if not processes.is_main():
         return 1 if result["failed_seeds"] else 0
-    tables.show(tables.of_results({workdir.name: result}))
+    tables.show(tables.of_results(points.ordered(points.results_of(run_folder, workdir.name))))
     if result["failed_seeds"]:
         print(f"vitmed: {workdir}: failed seeds {', '.join(map(str, result['failed_seeds']))}", file=sys.stderr)
     return 1 if result["failed_seeds"] else 0

@@ -13,7 +13,7 @@ from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import network as networks
 from vitmed.data import preparation, sources
-from vitmed.models import adapters, attention, pixels, slices, vit
+from vitmed.models import adapters, attention, flexible, pixels, slices, vit
 from vitmed.training import augment, sharding
 
 PLACEMENTS = ("auto", "device", "host")
@@ -32,6 +32,7 @@ class Experiment:
     tracked: checks.Tracked
     tuning: adapters.Tuning
     views: tuple[str, ...] = ()
+    patch_sizes: tuple[tuple[int, ...], ...] = ()  # of a network that has several, as a config writes them
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -46,6 +47,42 @@ class Experiment:
         sharding.check_batch(mesh, "train.micro_batch_size", config.train.micro_batch_size)
         sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
         return mesh
+
+    @functools.cached_property
+    def forms(self) -> tuple["Experiment", ...]:
+        """The run at each patch size that its network has, in the config's order; where it has but one, itself."""
+        return tuple(self._at(patch_size) for patch_size in self.patch_sizes) or (self,)
+
+    def _at(self, patch_size: tuple[int, ...]) -> "Experiment":
+        config = self.config.copy_and_resolve_references()
+        config.model.patch_size = patch_size
+        return dataclasses.replace(self, config=config, geometry=checks.geometry(config, self.description))
+
+    @property
+    def own(self) -> int:
+        """Which of the forms is that of the config's patch size."""
+        return [form.patch_size for form in self.forms].index(self.patch_size)
+
+    @functools.cached_property
+    def resized(self) -> dict[str, flexible.Sizes]:
+        """From which sizes to which parameters are resized on their way to the network, as `flexible` takes them; empty where none are."""
+        if not self.patch_sizes:
+            return {}
+        kept = flexible.kept([cost.grid(self.image_size, form.patch_size) for form in self.forms])
+        return {"kept": kept, "to": flexible.Sizes(self.patch_size, cost.grid(self.image_size, self.patch_size))}
+
+    @property
+    def kept(self) -> checks.Geometry:
+        """An image and a patch for which a network would have parameters of just the sizes that this one's are kept at."""
+        if not self.patch_sizes:
+            return self.encoded
+        kernel, grid = dataclasses.astuple(self.resized["kept"])
+        return checks.Geometry(tuple(map(math.prod, zip(kernel, grid, strict=True))), kernel, kernel)
+
+    def computed_with(self, params: Any) -> Any:
+        """What a ViT of the run's patch size computes with, of one seed's parameters, those of its base among them."""
+        params = adapters.effective(params, self.tuning.lora)
+        return flexible.resized(params, **self.resized) if self.resized else params
 
     @property
     def image_size(self) -> tuple[int, ...]:
@@ -108,21 +145,22 @@ class Experiment:
 
     @property
     def step_seconds(self) -> float:
-        """Roughly what a training step of all runs takes, by arithmetic."""
+        """Roughly what a training step of all runs takes, by arithmetic; of several patch sizes the mean."""
+        gmacs_forward = sum(form.gmacs_forward for form in self.forms) / len(self.forms)
         sizes = {"num_params": self.num_trained_params, "batch_size": self.config.train.batch_size}
         passes = adapters.passes(self.tuning, self.network.architecture.depth)
-        return cost.step_seconds(gmacs_forward=self.gmacs_forward, num_runs=len(self.seeds), passes=passes, **sizes)
+        return cost.step_seconds(gmacs_forward=gmacs_forward, num_runs=len(self.seeds), passes=passes, **sizes)
 
     @property
     def num_trained_params(self) -> int:
         """The parameters of one seed that are trained, by arithmetic: those that an optimiser state is kept of."""
         if not self.tuning.frozen:
-            return cost.num_params(**self.shape) + self._num_pooling_params
+            return cost.num_params(**self.shape | dataclasses.asdict(self.kept)) + self._num_pooling_params
         one = self.network.architecture
         head = (one.width + 1) * self.description.num_classes * (2 if one.pooling == "distilled" else 1)
         pool = 4 * (one.width + 1) * one.width + one.width if one.pooling == "attention" else 0
         sizes = {name: getattr(one, name) for name in ("width", "depth", "mlp_width", "swiglu")}
-        embedded = math.prod(self.encoded.kernel_size) * self.config.model.in_channels
+        embedded = math.prod(self.kept.kernel_size) * self.config.model.in_channels
         added = adapters.num_trained(self.tuning, **sizes, embedded=embedded)
         copies = max(1, len(self.views)) if self.tuning.lora else 1  # each view has its own
         return head + pool + copies * added + self._num_pooling_params
@@ -138,7 +176,8 @@ class Experiment:
     @property
     def label(self) -> str:
         """What a person calls this run."""
-        return f"{self.description.name} patch {config_lib.patch_text(self.patch_size)}"
+        patches = f"patches {self.config.model.patch_sizes}" if self.patch_sizes else f"patch {config_lib.patch_text(self.patch_size)}"
+        return f"{self.description.name} {patches}"
 
     def load(self, *, as_stored: bool = False) -> sources.Dataset:
         """The data, found or downloaded; `as_stored` before `data.invert`."""
@@ -187,4 +226,5 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
         raise config_lib.InputError(
             f"model.views={config.model.views}: the weights pool by {network.architecture.pooling}; set model.pooling"
         )
+    checked["patch_sizes"] = checks.patch_sizes(config, geometry)
     return Experiment(config=config, description=description, geometry=geometry, network=network, tuning=tuning, views=views, **checked)

@@ -2,20 +2,43 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from vitmed import config as config_lib
 from vitmed import planning
 from vitmed.data import sources
 from vitmed.models import exported
-from vitmed.runs import folder, machine
+from vitmed.runs import files, folder, machine
 from vitmed.study import operating
-from vitmed.training import loop
+from vitmed.training import outcome as outcomes
+
+
+def leave_all(
+    experiment: planning.Experiment,
+    run_folder: folder.RunFolder,
+    *,
+    dataset: sources.Dataset,
+    found: Sequence[outcomes.Outcome],
+    base: Any,
+) -> dict[str, Any]:
+    """Write what a run leaves; of several patch sizes each in a folder that is as a run's of that size alone, save for checkpoints."""
+    for form, outcome in zip(experiment.forms, found, strict=True):
+        if form.patch_size != experiment.patch_size and run_folder.writes:
+            inside = run_folder.at_patch(config_lib.patch_text(form.patch_size))
+            inside.create(form.config.to_dict())
+            inside.write_model(run_folder.read_model())
+            if run_folder.examples.exists():
+                files.write_whole(inside.examples, files.read(run_folder.examples))
+            inside.write_metrics([row | {"val": row["forms"][experiment.forms.index(form)]} for row in run_folder.read_metrics()])
+            leave(form, inside, dataset=dataset, outcome=outcome, base=base)
+    return leave(experiment, run_folder, dataset=dataset, outcome=found[experiment.own], base=base)
 
 
 def leave(
-    experiment: planning.Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, outcome: loop.Outcome, base: Any
+    experiment: planning.Experiment, run_folder: folder.RunFolder, *, dataset: sources.Dataset, outcome: outcomes.Outcome, base: Any
 ) -> dict[str, Any]:
     """Write all of it, result.json last, which then says that the rest is there; return what that says.
 
@@ -33,7 +56,7 @@ def leave(
     return said
 
 
-def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: loop.Outcome, *, num_frozen: int = 0) -> dict[str, Any]:
+def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: outcomes.Outcome, *, num_frozen: int = 0) -> dict[str, Any]:
     """What result.json says of a finished run."""
     config, description, network = experiment.config, experiment.description, experiment.network
     examples = len(dataset.splits["train"].labels)
@@ -67,11 +90,11 @@ def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: l
     }
 
 
-def write_weights(experiment: planning.Experiment, run_folder: folder.RunFolder, outcome: loop.Outcome) -> None:
+def write_weights(experiment: planning.Experiment, run_folder: folder.RunFolder, outcome: outcomes.Outcome) -> None:
     """The best parameters of each seed that has not failed, as a file that other runs and other programs can start from."""
     for index, seed in enumerate(experiment.seeds):
         if seed not in outcome.failed_seeds:
-            params = jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params)
+            params = experiment.computed_with(jax.tree.map(lambda leaf, run=index: leaf[run], outcome.best_params))
             run_folder.write_weights(seed, packed(experiment, params, seed=seed, val_loss=outcome.measured["val"]["loss"][index]))
 
 

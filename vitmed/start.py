@@ -35,7 +35,7 @@ def of(planned: planning.Experiment, *, begun: bool) -> Start:
     if not planned.config.model.pretrained or begun:
         return Start()
     sizes = {"num_classes": 0 if planned.views else planned.description.num_classes}
-    params, report = networks.starting_params(planned.network, planned.config, **dataclasses.asdict(planned.encoded), **sizes)
+    params, report = networks.starting_params(planned.network, planned.config, **dataclasses.asdict(planned.kept), **sizes)
     return Start(trained=_placed(planned, params), report=report)
 
 
@@ -52,7 +52,7 @@ def _parted(planned: planning.Experiment) -> Start:
     how = {name: model[name] for name in ("in_channels", "inflation", "depth_positions", "position_resize")}
     weights = dataclasses.replace(weights, architecture=network.architecture)
     state = weights.path.stat()
-    params, report, sha256 = _loaded(weights, (state.st_mtime_ns, state.st_size), planned.encoded, tuple(how.items()))
+    params, report, sha256 = _loaded(weights, (state.st_mtime_ns, state.st_size), planned.kept, tuple(how.items()))
     if network.base not in (None, sha256):
         raise config_lib.InputError(
             f"model.pretrained={model.pretrained}: its tensors have SHA-256 {sha256[:16]}..., this run's plugin stands on a base of "

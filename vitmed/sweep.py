@@ -202,7 +202,9 @@ def run_each(sweep: Sweep) -> int:
             faults[entry.name] = _held(entry) or _record(entry.run_folder, status, said, writes=sweep.speaks)
         _say_progress(sweep.entries, results, faults)
     if any(results) and sweep.speaks:
-        named = {entry.name: result for entry, result in zip(sweep.entries, results, strict=True) if result}
+        named: dict[str, Mapping[str, Any]] = {}
+        for entry, result in zip(sweep.entries, results, strict=True):
+            named |= points.results_of(entry.run_folder, entry.name) if result else {}
         tables.show(tables.of_results(points.ordered(named)))
     faults |= {entry.name: fault for entry, result in zip(sweep.entries, results, strict=True) if result and (fault := _fault_of(result))}
     for name, fault in faults.items():

@@ -59,6 +59,11 @@ class Plan:
         """Whether the epoch is complete after this chunk."""
         return (chunk + 1) % self.chunks_per_epoch == 0
 
+    def form(self, chunk: int, number: int) -> int:
+        """Which of so many patch sizes chunk number `chunk` is made at: in a round of as many chunks each once, their order is drawn."""
+        turn, place = divmod(chunk, number)
+        return int(np.random.default_rng((number, turn)).permutation(number)[place])
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:

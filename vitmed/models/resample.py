@@ -57,8 +57,9 @@ def linear_matrix(old: int, new: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _inverse(old: int, new: int) -> np.ndarray:
-    matrix = np.linalg.pinv(resize_matrix(old, new))
+def kernel_matrix(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] of `resize_kernel` along one axis: the pseudo-inverse of the pixels' resize, transposed."""
+    matrix = np.linalg.pinv(resize_matrix(old, new)).T
     matrix.flags.writeable = False
     return matrix
 
@@ -75,7 +76,7 @@ def resize_kernel(kernel: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """
     for axis, new in enumerate(size):
         if kernel.shape[axis] != new:
-            kernel = _along(_inverse(kernel.shape[axis], new).T, kernel, axis)
+            kernel = _along(kernel_matrix(kernel.shape[axis], new), kernel, axis)
     return kernel
 
 

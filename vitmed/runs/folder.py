@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.remat",
 )  # where and how, not what: a name stands for all below it
 SHOWN_DIFFERENCES = 5
+AT_PATCH = "patches"  # the folder within a run's for those of its other patch sizes
 
 
 class Predictions(NamedTuple):
@@ -105,10 +106,19 @@ class RunFolder:
         self.model = self.path / "model.json"
         self.metrics = self.path / "metrics.jsonl"
         self.examples = self.path / "examples.csv"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self._checkpoints()
         self.calibration = self.path / "calibration.json"
         self.result = self.path / "result.json"
         self.failure = self.path / "failure.json"
+
+    def _checkpoints(self) -> pathlib.Path:
+        """Its own, or of one of a run's patch sizes (`at_patch`), which has none, the run's."""
+        own, around = self.path / "checkpoints", self.path.parent.parent / "checkpoints"
+        return around if self.path.parent.name == AT_PATCH and not own.exists() and around.is_dir() else own
+
+    def at_patch(self, patch_size: str) -> "RunFolder":
+        """The folder within for what the run's network does at another of its patch sizes: as if it were a run's."""
+        return RunFolder(self.path / AT_PATCH / patch_size, writes=self.writes)
 
     def predictions(self, split: str) -> pathlib.Path:
         """Return where the predictions of a split lie."""

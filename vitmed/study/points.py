@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vitmed import config
+from vitmed.runs import folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +134,13 @@ SET_BY_ARGUMENTS = {
 def named(points: Iterable[Point]) -> set[str]:
     """The dotted names of the fields that the points' names tell: an override would make them lie."""
     return {SET_BY_ARGUMENTS[key] for point in points for key in point.arguments if key in SET_BY_ARGUMENTS}
+
+
+def results_of(run_folder: folder.RunFolder, name: str) -> dict[str, Mapping[str, Any]]:
+    """What result.json says of a finished run, by its name, and of each of its other patch sizes, by theirs within it."""
+    inside = {f"{name}/{path.parent.name}": folder.RunFolder(path.parent) for path in run_folder.at_patch("").path.glob("*/result.json")}
+    found = {label: each.read_result() for label, each in ({name: run_folder} | inside).items()}
+    return {label: result for label, result in found.items() if result is not None}
 
 
 def ordered(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -49,14 +49,18 @@ def _departures(members: Sequence[collection.Run]) -> list[Departures]:
     defaults = _defaults(members[0].rank)
     settings = [{name: value for name, value in (defaults | run.config).items() if not within(name)} for run in members]
     fields = sorted({name for one in settings for name in one})
-    usual = {name: _usual([one.get(name) for one in settings], defaults.get(name)) for name in fields}
+    # What a network of several patch sizes does at each of them is one run all the same.
+    weights = [1 / len(one["model.patch_sizes"].split(",")) for one in settings]
+    usual = {name: _usual([one.get(name) for one in settings], weights, defaults.get(name)) for name in fields}
     return [tuple((name, one.get(name)) for name in fields if one.get(name) != usual[name]) for one in settings]
 
 
-def _usual(values: Sequence[Any], default: Any) -> Any:
+def _usual(values: Sequence[Any], weights: Sequence[float], default: Any) -> Any:
     """The most frequent value; of equally frequent ones the default, else the first in the order of their texts."""
-    counts = collections.Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value != default, repr(value)))
+    counts: dict[Any, float] = collections.defaultdict(float)
+    for value, weight in zip(values, weights, strict=True):
+        counts[value] += weight
+    return min(counts, key=lambda value: (-round(counts[value], 6), value != default, repr(value)))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vitmed import metrics
-from vitmed.data import pipeline
+from vitmed.data import pipeline, sources
 
 # Batches sent to the device before the oldest result is fetched: enough to keep it busy, few enough to bound memory.
 IN_FLIGHT = 4
@@ -55,6 +55,11 @@ def predict(
     while pending:
         fetch()
     return Predictions(np.concatenate(probabilities, axis=1), np.concatenate(losses, axis=1))
+
+
+def predict_split(program: Callable[..., Any], params: Any, split: sources.Split, **how: Any) -> Predictions:
+    """`predict` of a split."""
+    return predict(program, params, split.images, split.labels, **how)
 
 
 def mean_losses(predictions: Predictions) -> np.ndarray:

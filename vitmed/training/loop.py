@@ -17,41 +17,10 @@ import numpy as np
 from vitmed import config
 from vitmed.data import pipeline, sources
 from vitmed.runs import checkpoint, folder, guard, processes
-from vitmed.training import evaluation, programs, sharding, step, tracking
+from vitmed.training import evaluation, outcome, programs, sharding, step, tracking
 
 # A training split up to this share of the device's memory lives there; where the device does not tell its memory, up to this many bytes.
 RESIDENT_SHARE, RESIDENT_BYTES = 0.25, 2**31
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, saved with every checkpoint: `losses` of the current epoch so far and `failed`, both for each run.
-
-    `chunk` is the next chunk's number; `rows` are the lines of metrics.jsonl; seconds add up over restarts.
-    """
-
-    chunk: int
-    losses: list[list[float]]
-    failed: list[bool]
-    rows: list[dict[str, Any]]
-    train_seconds: float
-    compile_seconds: float
-    data_md5: str | None
-
-    @property
-    def number(self) -> int:
-        """The checkpoint's number: how many chunks and validations lie behind it, so that no two states share one."""
-        return self.chunk + len(self.rows)
-
-    def spent(self, patience: int) -> list[bool]:
-        """Whether each run had no better validation loss for `patience` epochs (0: never); nothing later counts for it, nor a failure."""
-        best = self.rows[-1]["best_epoch"] if self.rows else [0] * len(self.failed)
-        return [0 < patience <= len(self.rows) - epoch for epoch in best]
-
-    def ended(self, plan: pipeline.Plan, patience: int) -> bool:
-        """Whether no step is left: all are made or, with `patience`, no run can become better; an epoch that has begun is completed."""
-        over = patience > 0 and all(bad or spent for bad, spent in zip(self.failed, self.spent(patience), strict=True))
-        return self.chunk == plan.num_chunks or (over and self.chunk == plan.chunks_per_epoch * len(self.rows))
 
 
 @dataclasses.dataclass
@@ -60,26 +29,11 @@ class Training:
 
     state: step.TrainState
     best: step.Best
-    progress: Progress
+    progress: outcome.Progress
 
     def save(self, checkpoints: checkpoint.Checkpoints) -> None:
         """Begin to write a checkpoint of what the newest one does not have."""
         checkpoints.save(self.progress.number, state=self.state, best=self.best, progress=dataclasses.asdict(self.progress))
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a finished training leaves: epochs made, the best ones [R] and their parameters (on the host), failures, predictions, times."""
-
-    epochs: int
-    best_epoch: list[int]
-    failed_seeds: list[int]
-    best_params: Any
-    predictions: dict[str, evaluation.Predictions]
-    measured: dict[str, dict[str, list[float | None]]]
-    train_seconds: float
-    compile_seconds: float
-    test_seconds: float
 
 
 def train(
@@ -96,11 +50,12 @@ def train(
     label: str,
     start: Any = None,
     observer: tracking.Observer | None = None,
-) -> Outcome:
+) -> list[outcome.Outcome]:
     """Train to the end, or from the last checkpoint on; raises config.Stopped when a signal came, after saving.
 
-    `start` are the parameters that every run starts from, None for fresh ones; a run that goes on from a checkpoint does not look at it.
-    `placement` says where the training split lives: on the `device`, on the `host`, or `auto`; `learning_rate(step)` is for the record.
+    The outcome is one, or of a network of several patch sizes one for each. `start` are the parameters that every run starts from, None for
+    fresh ones; a run that goes on from a checkpoint does not look at it. `placement` says where the training split lives: on the `device`,
+    on the `host`, or `auto`; `learning_rate(step)` is for the record.
     The `observer` is told what happens and changes nothing.
     """
     observer = observer or tracking.Observer()
@@ -115,10 +70,13 @@ def train(
         del start  # a copy of the parameters that nothing needs any more
         progress = training.progress
         run_folder.write_metrics(progress.rows)  # what an interrupted epoch wrote beyond the checkpoint is written again
-        program, seconds = programs.compile_predict(recipe, images, labels, batch_size=evaluation_batch_size)
-        progress.compile_seconds += seconds
-        predict = functools.partial(_predict, program, batch_size=evaluation_batch_size, check=signals.check, own=own_of_evaluation)
-        train_chunk, saved_at = None, time.monotonic()
+        how = {"batch_size": evaluation_batch_size, "check": signals.check, "own": own_of_evaluation}
+        predictors = []
+        for form in recipe.each:
+            program, seconds = programs.compile_predict(form, images, labels, batch_size=evaluation_batch_size)
+            progress.compile_seconds += seconds
+            predictors.append(functools.partial(evaluation.predict_split, program, **how))
+        train_chunks, saved_at = {}, time.monotonic()
         with tracking.Progress(
             label,
             total_steps=plan.steps_before(plan.num_chunks),
@@ -127,9 +85,12 @@ def train(
         ) as display:
 
             def validate() -> None:
-                predictions = predict(training.state.measured, dataset.splits["val"])
-                training.best = keep_best(training.best, training.state, evaluation.mean_losses(predictions), len(progress.rows) + 1)
-                progress.rows.append(epoch_row(training, predictions, dataset=dataset, plan=plan, learning_rate=learning_rate))
+                predictions = [predict(training.state.measured, dataset.splits["val"]) for predict in predictors]
+                losses = np.mean([evaluation.mean_losses(of_form) for of_form in predictions], axis=0)
+                training.best = keep_best(training.best, training.state, losses, len(progress.rows) + 1)
+                best = np.asarray(training.best.epoch).tolist()
+                row = outcome.epoch_row(progress, predictions, recipe.own, best, dataset=dataset, plan=plan, learning_rate=learning_rate)
+                progress.rows.append(row)
                 progress.losses = [[] for _ in recipe.seeds]
                 run_folder.write_metrics(progress.rows)
                 display.validated(progress.rows[-1]["val"]["loss"])
@@ -145,10 +106,12 @@ def train(
                 )
                 for chunk in () if progress.ended(plan, recipe.patience) else chunks:
                     signals.check()
-                    if train_chunk is None:
-                        train_chunk, seconds = programs.compile_chunk(recipe, chunk.batches, resident, batch_size=plan.batch_size)
+                    form = plan.form(chunk.number, len(recipe.each))
+                    if form not in train_chunks:
+                        compiled = programs.compile_chunk(recipe.each[form], chunk.batches, resident, batch_size=plan.batch_size)
+                        train_chunks[form], seconds = compiled
                         progress.compile_seconds += seconds
-                    advance(training, chunk, train_chunk, resident, recipe=recipe, plan=plan, display=display, observer=observer)
+                    advance(training, chunk, train_chunks[form], resident, recipe=recipe, plan=plan, display=display, observer=observer)
                     if plan.ends_epoch(chunk.number):
                         validate()
                     if processes.most(time.monotonic() - saved_at >= checkpoint_seconds):
@@ -160,7 +123,12 @@ def train(
                 display.end(f"{label}: ended after epoch {len(progress.rows)}")
                 training.save(checkpoints)
                 checkpoints.finish()
-                return conclude(recipe, training, predict, dataset=dataset, note=display.note)
+                best_epoch, best_params = np.asarray(training.best.epoch), programs.whole(recipe, training.best.params)
+                how = {"dataset": dataset, "seeds": recipe.seeds, "note": display.note}
+                return [
+                    outcome.conclude(progress, functools.partial(predict, training.best.params), best_epoch, best_params, **how)
+                    for predict in predictors
+                ]
             except config.Stopped:
                 training.save(checkpoints)
                 checkpoints.finish()
@@ -184,11 +152,12 @@ def restore_or_create(recipe: programs.Recipe, checkpoints: checkpoint.Checkpoin
     latest = checkpoints.latest()
     if latest is None:
         nothing = [[] for _ in recipe.seeds]
-        begun = Progress(0, losses=nothing, failed=[False] * len(nothing), rows=[], train_seconds=0, compile_seconds=0, data_md5=data_md5)
+        start_of = {"losses": nothing, "failed": [False] * len(nothing), "rows": [], "train_seconds": 0, "compile_seconds": 0}
+        begun = outcome.Progress(0, **start_of, data_md5=data_md5)
         return Training(*programs.create(recipe, start), begun)
     state, best = recipe.abstract
     items = checkpoints.restore(latest, state=state, best=best, progress=None)
-    progress = Progress(**items["progress"])
+    progress = outcome.Progress(**items["progress"])
     if progress.data_md5 != data_md5:
         raise config.InputError(f"the data have MD5 {data_md5}, this run began with {progress.data_md5}; give it its own data (data.root)")
     return Training(items["state"], items["best"], progress)
@@ -222,78 +191,3 @@ def advance(
     rate, steps = chunk.num_examples / seconds, plan.steps_before(progress.chunk)
     display.trained(steps, epoch=plan.position(chunk.number)[0] + 1, images_per_second=rate, losses=losses[:, -1])
     observer.trained(steps, losses=losses.mean(axis=1), images_per_second=rate)
-
-
-def _predict(program: Callable[..., Any], params: Any, split: sources.Split, **how: Any) -> evaluation.Predictions:
-    return evaluation.predict(program, params, split.images, split.labels, **how)
-
-
-def _measure(
-    dataset: sources.Dataset, split: str, predictions: evaluation.Predictions, failed: list[bool]
-) -> tuple[dict[str, list[float | None]], list[str]]:
-    return evaluation.measure(
-        dataset.description.task,
-        dataset.splits[split].labels,
-        probabilities=predictions.probabilities,
-        losses=evaluation.mean_losses(predictions),
-        class_names=dataset.description.class_names,
-        failed=failed,
-    )
-
-
-def epoch_row(
-    training: Training,
-    predictions: evaluation.Predictions,
-    *,
-    dataset: sources.Dataset,
-    plan: pipeline.Plan,
-    learning_rate: Callable[[int], float],
-) -> dict[str, Any]:
-    """An epoch's line of metrics.jsonl: a function of config and data alone, so it holds no time."""
-    progress = training.progress
-    measured, _ = _measure(dataset, "val", predictions, progress.failed)  # its warnings come once, at the end
-    steps = plan.steps_before(progress.chunk)
-    # The last batch holds fewer examples than the others and counts for as many as it has.
-    counts = np.full(plan.steps_per_epoch, plan.batch_size)
-    counts[-1] = plan.num_examples - plan.batch_size * (plan.steps_per_epoch - 1)
-    train_loss = np.average(np.asarray(progress.losses, np.float64), axis=1, weights=counts)
-    return {
-        "epoch": len(progress.rows) + 1,
-        "step": steps,
-        "learning_rate": float(learning_rate(steps - 1)),
-        "train_loss": [float(loss) if np.isfinite(loss) else None for loss in train_loss],
-        "val": measured,
-        "best_epoch": np.asarray(training.best.epoch).tolist(),
-    }
-
-
-def conclude(
-    recipe: programs.Recipe,
-    training: Training,
-    predict: Callable[..., evaluation.Predictions],
-    *,
-    dataset: sources.Dataset,
-    note: Callable[[str], None],
-) -> Outcome:
-    """The best parameters meet validation and, once, the test split."""
-    progress = training.progress
-    predictions, measured, seconds = {}, {}, {}
-    for name in ("val", "test"):
-        started = time.perf_counter()
-        predictions[name] = predict(training.best.params, dataset.splits[name])
-        seconds[name] = time.perf_counter() - started
-        measured[name], warnings = _measure(dataset, name, predictions[name], progress.failed)
-        for warning in warnings:
-            note(f"vitmed: {name}: {warning}")
-    return Outcome(
-        epochs=len(progress.rows),
-        # A run that failed before its first epoch's end has no best one; its parameters are those of the beginning.
-        best_epoch=np.maximum(np.asarray(training.best.epoch), 1).tolist(),
-        failed_seeds=[seed for seed, bad in zip(recipe.seeds, progress.failed, strict=True) if bad],
-        best_params=programs.whole(recipe, training.best.params),
-        predictions=predictions,
-        measured=measured,
-        train_seconds=progress.train_seconds,
-        compile_seconds=progress.compile_seconds,
-        test_seconds=seconds["test"],
-    )

@@ -42,7 +42,8 @@ class Recipe:
     `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `tuning` says which of
     the parameters are trained; the others are the `base`, which all runs share, already on the devices. `mapped` takes the runs one after
     another within the program instead of as one batched program. `micro_batch_size`, `objective`, `mixup`, `mask_weight` and
-    `ema_decay` (0: there is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s.
+    `ema_decay` (0: there is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s. A network of several patch sizes has
+    `forms`, a recipe for each, of which the `own`-th is that of this one's patch size.
     """
 
     init: Callable[[jax.Array], Any]
@@ -62,6 +63,13 @@ class Recipe:
     patience: int = 0
     tuning: adapters.Tuning = adapters.ALL
     base: Any = dataclasses.field(default_factory=dict)
+    forms: tuple["Recipe", ...] = ()
+    own: int = 0
+
+    @property
+    def each(self) -> tuple["Recipe", ...]:
+        """The recipes of the network's patch sizes, which share the state: a chunk is made by one of them; of one alone, this."""
+        return self.forms or (self,)
 
     def create(self, seeds: jax.Array, start: Any = None, *, complete: bool = False) -> tuple[step.TrainState, step.Best]:
         """The state [R, ...] of seeds [R] before the first step, as a function to trace; `start`: parameters, the same for all runs.
