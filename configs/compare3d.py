@@ -9,7 +9,7 @@ Arguments: those of vit3d.py but patch, and
             sequence for each slice, pooled by a learned query), views (slices along all three axes)
     way     what is trained: linear (the classifier, of a frozen network), attention (and an attention pool; patches alone: slices have
             their query), lora (and LoRA: with slices or views it is AnyMC3D), all
-    rate    the learning rate; auto: the study's where all is trained, else 1e-3
+    rate    the learning rate; 0: the study's where all is trained, 1e-4 for LoRA (see anymc3d.py), 1e-3 for a head alone
 Patches attend to all others, slices only to their own; each slice has a CLS token of its own. The sweep has the planes of 28 and 14 voxels.
 """
 
@@ -27,7 +27,7 @@ WAYS = {"linear": ("head", "auto"), "attention": ("head", "attention"), "lora": 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    config, given = config_lib.extended(RECIPE, arg, plane=14, form="patches", way="all", rate="auto")
+    config, given = config_lib.extended(RECIPE, arg, plane=14, form="patches", way="all", rate=0.0)
     form = config_lib.one_of("config argument form", given["form"], VIEWS)
     way = config_lib.one_of("config argument way", given["way"], WAYS)
     tune, pooling = WAYS[way]
@@ -35,10 +35,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.tune = tune
     if tune == "lora":
         config.model.update(lora_rank=8, lora_alpha=16.0, lora_targets="patch_embed,qkv,proj")
-    if given["rate"] != "auto":
-        config.train.learning_rate = config_lib.parse("config argument rate", given["rate"], 1e-3)
+    if given["rate"]:
+        config.train.learning_rate = given["rate"]
     elif tune != "all":
-        config.train.learning_rate = 1e-3
+        config.train.learning_rate = 1e-4 if tune == "lora" else 1e-3
     return config
 
 

@@ -220,14 +220,15 @@ def test_stopped_it_goes_on_to_the_same_bytes(finished, rank, tmp_path, monkeypa
         assert call(main, *given, f"--workdir={whole}") == 0
     advance, made = loop.advance, []
 
-    def stop_after_three(*arguments, **how):
-        advance(*arguments, **how)
-        made.append(None)
+    def stop_after_three(training, chunk, program, *arguments, **how):
+        advance(training, chunk, program, *arguments, **how)
+        made.append(program)
         if len(made) == 3:
             raise config.Stopped(15)
 
     monkeypatch.setattr(loop, "advance", stop_after_three)
     assert call(main, *argv) == 75
+    assert made[0] is not made[1]  # the two sizes of the first round
     monkeypatch.setattr(loop, "advance", advance)
     assert call(main, *argv) == 0
     for name in ("metrics.jsonl", "predictions/test.npz", "weights/seed0.safetensors"):

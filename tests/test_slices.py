@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from test_pretrained_runs import VIT2D, VIT3D, tensors_of_a_micro_model
 
-from vitmed import cli, config, evaluate, experiment, export, main, planning
+from vitmed import cli, config, evaluate, experiment, export, main, planning, predict
 from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build, explain, pixels, slices
@@ -248,6 +248,20 @@ def test_a_run_counts_what_it_is_and_is_evaluated_and_given_away(run, tmp_path, 
     capsys.readouterr()
     assert call(export, f"--workdir={run}", "--format=safetensors", f"--out={tmp_path / 'weights'}") == 2
     assert "sees slices" in capsys.readouterr().err
+
+
+def test_it_predicts_a_volume_and_draws_heat_of_all_views_on_its_voxels(run, tmp_path):
+    scan = np.random.default_rng(0).integers(0, 256, (20, 24, 28), np.uint8)
+    nibabel.save(nibabel.Nifti1Image(scan, np.eye(4)), tmp_path / "scan.nii.gz")
+    flags = [f"--workdir={run}", f"--input={tmp_path / 'scan.nii.gz'}", f"--out={tmp_path / 'found.csv'}", "--explain=attention"]
+    assert call(predict, *flags) == 0
+    (drawn,) = (tmp_path / "found_heatmaps").rglob("*.nii.gz")
+    heat = nibabel.load(drawn)
+    assert heat.shape == scan.shape
+    np.testing.assert_array_equal(heat.affine, np.eye(4))
+    values = heat.get_fdata()
+    assert np.isfinite(values).all()
+    assert values.min() >= 0 < values.max()
 
 
 def test_only_the_plugin_is_trained_and_the_decoder_only_by_masks(file):
