@@ -18,10 +18,12 @@ RECIPE = pathlib.Path(__file__).with_name("vit3d.py")
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The config of one run; see the module's docstring for the arguments."""
-    config, given = config_lib.extended(RECIPE, arg, patches="28+14+7")
+    config, given = config_lib.extended(RECIPE, arg, patch="", patches="28+14+7")
+    config_lib.require(not given["patch"], "config argument patch", given["patch"], "left out: patches names them all")
     sizes = given["patches"].split("+")
-    config.model.patch_sizes = ",".join(sizes)
-    config.model.patch_size = config_lib.parse("config argument patches", sizes[-1], (0,))
+    last = config_lib.parse("config argument patches", sizes[-1], (0,))
+    config_lib.require(not isinstance(last, str), "config argument patches", given["patches"], "numbers, such as 28+14+7")
+    config.model.update(patch_sizes=",".join(sizes), patch_size=last)
     return config
 
 

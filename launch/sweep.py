@@ -122,8 +122,9 @@ def point_of(entry: sweep.Entry) -> manifest_lib.Point:
     """A point with its arithmetic: a training step is three forward passes, and after each epoch and at the end there are evaluations."""
     planned, examples = entry.planned, entry.planned.description.num_examples
     epochs = planned.config.train.epochs
-    images = 3 * epochs * examples["train"] + (epochs + 1) * examples["val"] + examples["test"]
-    gmacs = images * len(planned.seeds) * planned.gmacs_forward
+    # Of several patch sizes each has its share of the steps, and all of the evaluations.
+    trained, evaluated = 3 * epochs * examples["train"] / len(planned.forms), (epochs + 1) * examples["val"] + examples["test"]
+    gmacs = (trained + evaluated) * len(planned.seeds) * sum(form.gmacs_forward for form in planned.forms)
     return manifest_lib.Point(entry.name, entry.point.argument, gmacs, forecast.seconds(planned))
 
 

@@ -343,6 +343,7 @@ def test_features_computed_once_train_what_images_would(pooling, file, tmp_path,
     [
         ("last", "train.tune", "last:1"),
         ("head", "augment.flip_w", "0.5"),
+        ("head", "model.patch_sizes", "14,7"),
         ("head", "train.mixup", "0.2"),
         ("head", "model.drop_path", "0.1"),
     ],

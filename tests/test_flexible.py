@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import shutil
 import types
 
 import jax
@@ -69,10 +71,13 @@ def finished(tmp_path_factory):
 def test_it_begins_at_every_size_where_a_network_of_that_size_alone_begins(weights, rank, patches, off):
     several = experiment.plan(flexi(rank, patches, pretrained=weights))
     kept = starts.of(several, begun=False).trained
+    head = jax.random.normal(jax.random.key(2), kept["head"]["kernel"].shape)  # fresh it is zero, and so would be all logits
+    kept["head"]["kernel"] = head
     for form in several.forms:
         spec = f"{ROOT}/configs/vit{rank}d.py:dataset=phantom{rank}d,patch={form.patch_size[0]},variant=vit_micro,pretrained={weights}"
         alone = experiment.plan(config.load(spec))
         expected = starts.of(alone, begun=False).trained
+        expected["head"]["kernel"] = head
         found = form.computed_with(kept)
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for (path, mine), theirs in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
@@ -157,16 +162,20 @@ def test_a_run_leaves_a_record_of_every_size_and_is_used_at_each(finished, capsy
         run = collection.read(path)
         assert run.patch == size
         assert run.result["num_tokens"] == {"14": 5, "7": 17}[size]
-        assert run.result["num_params"] == experiment.plan(flexi(patches="14+7")).num_trained_params
+        assert run.result["num_trainable_params"] == experiment.plan(flexi(patches="14+7")).num_trained_params
+        with safetensors.safe_open(folder.RunFolder(path).weights(1), "np") as file:
+            assert run.result["num_params"] == sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         mine = folder.RunFolder(path).read_metrics()
-        assert [row["val"] for row in mine] == [row["forms"][index] for row in rows]
+        assert [row["val"] for row in mine] == [row["forms"][index]["val"] for row in rows]
+        if size != "7":
+            assert [row["train_loss"] for row in mine] == [row["forms"][index]["train_loss"] for row in rows]
         # Training's own numbers come out again from the checkpoint, which all sizes share.
         assert call(evaluate, f"--workdir={path}", f"--out={tmp_path}/{size}.json") == 0
         again = json.loads((tmp_path / f"{size}.json").read_text())
         assert again["test"] == run.result["test"]
         assert call(export, f"--workdir={path}", "--format=safetensors", f"--out={tmp_path}/weights{size}", "--seed=1") == 0
         capsys.readouterr()
-    losses = np.mean([[of_form["loss"] for of_form in row["forms"]] for row in rows], axis=1)  # [epochs, seeds]
+    losses = np.mean([[of_form["val"]["loss"] for of_form in row["forms"]] for row in rows], axis=1)  # [epochs, seeds]
     assert (losses.argmin(axis=0) + 1).tolist() == collection.read(finished).result["best_epoch"]
     probabilities = [collection.read(path).probabilities for path in (finished, finished / "patches" / "14")]
     assert not np.allclose(*probabilities, atol=1e-6)
@@ -236,11 +245,50 @@ def test_stopped_it_goes_on_to_the_same_bytes(finished, rank, tmp_path, monkeypa
             assert (tmp_path / "stopped" / place / name).read_bytes() == (whole / place / name).read_bytes(), (place, name)
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("patches=14+auto", "patches=14+auto: must be numbers"), ("patch=7", "config argument patch=7: must be left out")],
+)
+def test_what_the_config_cannot_take(argument, words):
+    with pytest.raises(config.InputError) as raised:
+        config.load(f"{ROOT}/configs/flexi2d.py:{argument}")
+    assert words in str(raised.value)
+
+
+def test_a_sweeps_names_tell_its_sizes(tmp_path, capsys):
+    given = [f"--config={ROOT}/configs/flexi2d.py:variant=vit_micro,pretrained=", "--sweep", f"--workdir={tmp_path}/runs"]
+    assert call(main, *given, "--config.model.patch_sizes=28,4") == 2
+    assert "model.patch_sizes: the sweep sets it" in capsys.readouterr().err
+
+
+def test_every_size_has_its_turn_within_an_epoch():
+    planned = experiment.plan(flexi())
+    for examples in (120, 250, 600, 5000):
+        plan = experiment.step_plan(planned, examples)
+        forms = [plan.form(chunk, 3) for chunk, _, _ in plan.chunks_of_epoch(3)]
+        assert set(forms) == {0, 1, 2} or plan.chunks_per_epoch < 5, (examples, forms)
+        assert plan.chunks_per_epoch >= min(3, plan.steps_per_epoch)
+
+
+def test_a_folder_of_a_size_that_is_not_finished_is_left_to_its_run(finished, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "patches" / "14" / "result.json").unlink()
+    assert call(main, *command(copy / "patches" / "14", "--config.model.patch_size=14")) == 2
+    assert "which is not finished; run that again" in capsys.readouterr().err
+    monkeypatch.chdir(copy / "patches")
+    assert folder.RunFolder("14").checkpoints == copy.resolve() / "checkpoints"
+    stranger = tmp_path / "project" / "patches" / "run"
+    (tmp_path / "project" / "checkpoints").mkdir(parents=True)
+    assert folder.RunFolder(stranger).checkpoints == stranger / "checkpoints"
+
+
 def test_memory_is_that_of_the_finest():
     device = types.SimpleNamespace(platform="cpu", name="cpu", count=1, memory_bytes=10**12)
-    coarse = flexi(model__patch_size="14")
-    fine = flexi()
-    assert forecast.budget.memory(experiment.plan(coarse), device) == forecast.budget.memory(experiment.plan(fine), device)
+    several = [forecast.budget.memory(experiment.plan(flexi(model__patch_size=size)), device) for size in ("14", "4")]
+    assert several[0] == several[1]
+    alone = experiment.plan(flexi(patches="14+7"))
+    assert several[0].least > forecast.budget.memory(alone, device).least
 
 
 @pytest.mark.parametrize(
@@ -253,6 +301,10 @@ def test_memory_is_that_of_the_finest():
         ({"model.patch_sizes": "7,big"}, ["model.patch_sizes=big", "list of numbers"]),
         ({"model.patch_sizes": "7,4x7x7"}, ["model.patch_sizes=4,7,7", "2 axes"]),
         ({"model.patch_sizes": "7,-4"}, ["model.patch_sizes=-4", "positive"]),
+        ({"model.patch_sizes": "7,auto"}, ["model.patch_sizes=7,auto", "numbers, such as"]),
+        ({"train.epochs": "1", "train.batch_size": "600"}, ["1 steps are fewer than the sizes", "more epochs"]),
+        ({"model.inflation": "center"}, ["model.inflation=center", "average with model.patch_sizes"]),
+        ({"model.depth_positions": "sincos"}, ["model.depth_positions=sincos", "copy with model.patch_sizes"]),
         ({"model.kernel_size": "16"}, ["model.kernel_size=16", "0 with model.patch_sizes=14,7"]),
         ({"model.position_resize": "cut"}, ["model.position_resize=cut", "bicubic with model.patch_sizes"]),
         ({"mesh.sequence": "2"}, ["mesh.sequence=2", "1 with model.patch_sizes"]),

@@ -3,6 +3,7 @@
 Nothing here reads data or weights, and only the arithmetic of `cost` speaks, so that what cannot fit is refused before anything is begun.
 """
 
+import dataclasses
 import math
 
 from vitmed import config as config_lib
@@ -56,8 +57,13 @@ def memory(planned: planning.Experiment, device: machine.Device, *, images: int 
     The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
     of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
     """
-    planned = max(planned.forms, key=lambda form: form.num_tokens)
+    planned = largest(planned)
     return _memory(planned, device, remat(planned, device, images=images), images)
+
+
+def largest(planned: planning.Experiment) -> planning.Experiment:
+    """The run at that of its patch sizes which has most tokens."""
+    return max(planned.forms, key=lambda form: form.num_tokens)
 
 
 def _memory(planned: planning.Experiment, device: machine.Device, remat: str, images: int | None) -> cost.Memory:
@@ -133,7 +139,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
 
 def _trained_and_base(planned: planning.Experiment) -> tuple[int, int]:
     """Parameters of each seed and those that all seeds share."""
-    return planned.num_trained_params, cost.num_params(**planned.shape) if planned.tuning.frozen else 0
+    return planned.num_trained_params, cost.num_params(**planned.shape | dataclasses.asdict(planned.kept)) if planned.tuning.frozen else 0
 
 
 def _scores(planned: planning.Experiment, device: machine.Device, images: int) -> int:

@@ -57,16 +57,17 @@ def geometry(config: ml_collections.ConfigDict, description: sources.Description
     return shapes
 
 
-def patch_sizes(config: ml_collections.ConfigDict, shapes: Geometry) -> tuple[tuple[int, ...], ...]:
+def patch_sizes(config: ml_collections.ConfigDict, shapes: Geometry, *, num_examples: int) -> tuple[tuple[int, ...], ...]:
     """The patch sizes that `model.patch_sizes` names, each as `model.patch_size` is written; none where the network has but one.
 
-    InputError where that is none of them, or they do not go with another field.
+    InputError where that is none of them, they do not go with another field, or `num_examples` do not make a step for each.
     """
     text, model, rank = config.model.patch_sizes, config.model, len(shapes.patch_size)
     if not text:
         return ()
     name = f"model.patch_sizes={text}"
     found = [config_lib.parse("model.patch_sizes", part.strip(), (0,)) for part in text.split(",")]
+    config_lib.require(not any(isinstance(size, str) for size in found), "model.patch_sizes", text, "numbers, such as 28,14,7; or empty")
     whole = [config_lib.per_axis("model.patch_sizes", size, rank) for size in found]
     for size in whole:
         cost.grid(shapes.image_size, size)
@@ -79,9 +80,15 @@ def patch_sizes(config: ml_collections.ConfigDict, shapes: Geometry) -> tuple[tu
         "model.kernel_size": (model.kernel_size, (0,)),
         "model.position_resize": (model.position_resize, "bicubic"),
         "mesh.sequence": (config.mesh.sequence, 1),  # of large patches there are few tokens
+        # A central slice, and codes of the depth, are not what they were once they are resized along it.
+        "model.inflation": (model.inflation, "average"),
+        "model.depth_positions": (model.depth_positions, "copy"),
     }
     for field, (value, usual) in needs.items():
         config_lib.require(value == usual, field, value, f"{config_lib.example(usual) or 'empty'} with {name}")
+    steps = config.train.epochs * math.ceil(num_examples / config.train.batch_size)
+    if steps < len(found):
+        raise config_lib.InputError(f"{name}: {steps} steps are fewer than the sizes, which take turns; train for more epochs")
     return tuple(found)
 
 

@@ -32,7 +32,7 @@ build_model, recipe, learning_rate = building.build_model, building.recipe, buil
 # estimated, never measured: chunk boundaries must follow from the config alone.
 CHUNK_SECONDS = 5.0
 CHUNK_BYTES = 2**28  # of streamed images
-MIXED_STEPS = 8  # of a chunk at one of several patch sizes: short, so that they take turns within an epoch
+MIXED_STEPS = 8  # at most in a chunk at one of several patch sizes, and no more than let all have their turn within an epoch
 
 
 def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
@@ -40,9 +40,9 @@ def step_plan(experiment: Experiment, num_examples: int) -> pipeline.Plan:
     train, runs = experiment.config.train, len(experiment.seeds)
     image_bytes = math.prod(experiment.description.image_size) * experiment.description.num_channels  # as they are stored
     most = min(CHUNK_SECONDS / experiment.step_seconds, CHUNK_BYTES / (runs * train.batch_size * image_bytes))
-    if experiment.patch_sizes:
-        most = min(most, MIXED_STEPS)
     steps_per_epoch = math.ceil(num_examples / train.batch_size)
+    if experiment.patch_sizes:
+        most = min(most, MIXED_STEPS, steps_per_epoch // len(experiment.patch_sizes))
     chunks = math.ceil(steps_per_epoch / max(1, int(most)))
     return pipeline.Plan(
         num_examples=num_examples,

@@ -34,6 +34,7 @@ def misfit(planned: experiment.Experiment, device: machine.Device) -> str | None
 def advice(planned: experiment.Experiment, device: machine.Device) -> str:
     """What makes a run that does not fit smaller."""
     larger = "a larger patch or a smaller model.variant"
+    planned = budget.largest(planned)
     if budget.memory(planned, device, images=1).least > device.memory_bytes:
         return f"take {larger}: not even train.micro_batch_size=1 fits"
     return f"lower train.micro_batch_size (it is {budget.micro_batch_size(planned, device)}), or take {larger}"
@@ -65,7 +66,8 @@ def seconds(planned: experiment.Experiment) -> float:
     train, examples = planned.config.train, planned.description.num_examples
     steps = train.epochs * math.ceil(examples["train"] / train.batch_size)
     predicted = examples["val"] * (train.epochs + 1) + examples["test"]
-    return steps * planned.step_seconds + predicted * len(planned.seeds) * planned.gmacs_forward / cost.GMACS_PER_SECOND
+    gmacs_forward = sum(form.gmacs_forward for form in planned.forms)
+    return steps * planned.step_seconds + predicted * len(planned.seeds) * gmacs_forward / cost.GMACS_PER_SECOND
 
 
 def seconds_left(done: Sequence[tuple[float, Mapping[str, Any]]], left: Sequence[float]) -> float | None:

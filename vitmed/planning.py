@@ -226,5 +226,5 @@ def plan(config: ml_collections.ConfigDict, recorded: networks.Network | None = 
         raise config_lib.InputError(
             f"model.views={config.model.views}: the weights pool by {network.architecture.pooling}; set model.pooling"
         )
-    checked["patch_sizes"] = checks.patch_sizes(config, geometry)
+    checked["patch_sizes"] = checks.patch_sizes(config, geometry, num_examples=description.num_examples["train"])
     return Experiment(config=config, description=description, geometry=geometry, network=network, tuning=tuning, views=views, **checked)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from vitmed import config as config_lib
-from vitmed import planning
+from vitmed import cost, planning
 from vitmed.data import sources
 from vitmed.models import exported
 from vitmed.runs import files, folder, machine
@@ -25,14 +25,14 @@ def leave_all(
     base: Any,
 ) -> dict[str, Any]:
     """Write what a run leaves; of several patch sizes each in a folder that is as a run's of that size alone, save for checkpoints."""
-    for form, outcome in zip(experiment.forms, found, strict=True):
+    for number, (form, outcome) in enumerate(zip(experiment.forms, found, strict=True)):
         if form.patch_size != experiment.patch_size and run_folder.writes:
             inside = run_folder.at_patch(config_lib.patch_text(form.patch_size))
             inside.create(form.config.to_dict())
             inside.write_model(run_folder.read_model())
             if run_folder.examples.exists():
                 files.write_whole(inside.examples, files.read(run_folder.examples))
-            inside.write_metrics([row | {"val": row["forms"][experiment.forms.index(form)]} for row in run_folder.read_metrics()])
+            inside.write_metrics([row | row["forms"][number] for row in run_folder.read_metrics()])
             leave(form, inside, dataset=dataset, outcome=outcome, base=base)
     return leave(experiment, run_folder, dataset=dataset, outcome=found[experiment.own], base=base)
 
@@ -61,6 +61,8 @@ def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: o
     config, description, network = experiment.config, experiment.description, experiment.network
     examples = len(dataset.splits["train"].labels)
     trainable = sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outcome.best_params))  # of one seed
+    # Of several patch sizes what is trained and kept serves all, and the network of one of them has a kernel and positions of its own.
+    resized = cost.num_params(**experiment.shape) - cost.num_params(**experiment.shape | dataclasses.asdict(experiment.kept))
     return {
         "schema_version": folder.SCHEMA_VERSION,
         "dataset": description.name,
@@ -74,7 +76,7 @@ def result(experiment: planning.Experiment, dataset: sources.Dataset, outcome: o
         "seeds": experiment.seeds,
         "failed_seeds": outcome.failed_seeds,
         "num_tokens": experiment.num_slices * experiment.num_tokens,
-        "num_params": trainable + num_frozen,
+        "num_params": trainable + num_frozen + resized,
         "num_trainable_params": trainable,
         "gmacs_forward": experiment.gmacs_forward,
         **{split: outcome.measured[split] for split in ("test", "val")},

@@ -59,6 +59,11 @@ class Plan:
         """Whether the epoch is complete after this chunk."""
         return (chunk + 1) % self.chunks_per_epoch == 0
 
+    def chunks_of_epoch(self, epoch: int) -> list[tuple[int, int, int]]:
+        """(number, first step, step after the last) of the chunks of an epoch (from 0)."""
+        first = epoch * self.chunks_per_epoch
+        return [(chunk, *self.position(chunk)[1:]) for chunk in range(first, first + self.chunks_per_epoch)]
+
     def form(self, chunk: int, number: int) -> int:
         """Which of so many patch sizes chunk number `chunk` is made at: in a round of as many chunks each once, their order is drawn."""
         turn, place = divmod(chunk, number)

@@ -7,9 +7,7 @@ calibration.json, result.json, and failure.json where a sweep's point failed.
 `R` runs (one per seed), `N` examples, `L` labels, `K` classes.
 """
 
-import functools
 import hashlib
-import importlib.resources
 import io
 import json
 import os
@@ -18,14 +16,13 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jsonschema
 import numpy as np
 
 from vitmed import config as config_lib
 from vitmed import fields as fields_lib
 from vitmed import npz
 from vitmed.runs import examples as examples_lib
-from vitmed.runs import files
+from vitmed.runs import files, schemas
 
 SCHEMA_VERSION, CALIBRATION_VERSION = 1, 1  # of result.json and calibration.json
 MAY_CHANGE = (
@@ -69,18 +66,6 @@ def _json_text(value: Any) -> str:
         raise config_lib.InputError("a setting is NaN or infinite; give a finite number") from error
 
 
-@functools.cache
-def _schema(name: str) -> jsonschema.Draft202012Validator:
-    text = importlib.resources.files("vitmed.runs").joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
-    return jsonschema.Draft202012Validator(json.loads(text))
-
-
-def _schema_fault(name: str, record: Any) -> str | None:
-    """Say what in a `result` or a `calibration` departs from its schema; None if nothing does."""
-    fault = jsonschema.exceptions.best_match(_schema(name).iter_errors(record))
-    return None if fault is None else f"{fault.json_path}: {fault.message[:200]}"
-
-
 def _predictions_fault(predictions: Predictions) -> str | None:
     """Say what in a split's arrays does not fit together; None if all does."""
     labels, probabilities, seeds = predictions
@@ -113,8 +98,11 @@ class RunFolder:
 
     def _checkpoints(self) -> pathlib.Path:
         """Its own, or of one of a run's patch sizes (`at_patch`), which has none, the run's."""
-        own, around = self.path / "checkpoints", self.path.parent.parent / "checkpoints"
-        return around if self.path.parent.name == AT_PATCH and not own.exists() and around.is_dir() else own
+        own, path = self.path / "checkpoints", self.path.resolve()
+        if path.parent.name != AT_PATCH or own.exists() or not self.config.is_file():
+            return own
+        around = path.parent.parent
+        return around / own.name if (around / "config.json").is_file() else own
 
     def at_patch(self, patch_size: str) -> "RunFolder":
         """The folder within for what the run's network does at another of its patch sizes: as if it were a run's."""
@@ -137,15 +125,19 @@ class RunFolder:
         except OSError as error:
             raise config_lib.InputError(f"{refused}: {error.strerror or error}; choose another") from error
         if holds_run:
-            return self._check_same(config)
+            self._check_same(config)
+            if self.checkpoints.parent != self.path and not self.result.exists():
+                raise config_lib.InputError(f"{refused}: it is of {self.checkpoints.parent}, which is not finished; run that again")
+            return
         for path in (self.checkpoints, self.result):
             if path.exists():
                 raise config_lib.InputError(f"{refused}: {path} is of a run, but there is no config.json; choose another, or bring it back")
 
     def tidy(self) -> None:
         """Remove what killed processes left of files that they were writing; for who holds the folder's lock."""
-        for path in (self.path, self.predictions("").parent, self.weights(0).parent) if self.writes else ():
-            files.remove_leftovers(path)
+        for path in (self.path, *self.at_patch("").path.glob("*")) if self.writes else ():
+            for written in (path, path / "predictions", path / "weights"):
+                files.remove_leftovers(written)
 
     def _write(self, path: pathlib.Path, data: bytes, *, make_parent: bool = False) -> None:
         if self.writes:
@@ -262,7 +254,7 @@ class RunFolder:
 
     def _write_checked(self, name: str, path: pathlib.Path, record: Mapping[str, Any]) -> None:
         ready = files.json_ready(record)
-        if fault := _schema_fault(name, ready):
+        if fault := schemas.fault(name, ready):
             raise ValueError(f"the {name} does not match runs/{name}.schema.json: {fault}")
         self._write(path, files.json_bytes(ready))
 
@@ -294,6 +286,6 @@ class RunFolder:
         version = record.get("schema_version")
         if isinstance(version, int) and version > newest:
             raise config_lib.InputError(f"{path} has schema_version {version}, this vitmed reads up to {newest}; install a newer vitmed")
-        if fault := _schema_fault(name, record):
+        if fault := schemas.fault(name, record):
             raise config_lib.InputError(f"{path} does not match the schema: {fault}")
         return record

@@ -21,7 +21,7 @@ LIMITS = (
     "Whether it treats groups of patients alike was not measured.",
 )
 RECIPE = ("model.variant", "model.pretrained", "model.kernel_size", "model.inflation", "model.depth_positions", "model.position_resize")
-RECIPE += ("model.pooling", "model.drop_path", "model.dtype", "train.epochs", "train.batch_size")
+RECIPE += ("model.patch_sizes", "model.pooling", "model.drop_path", "model.dtype", "train.epochs", "train.batch_size")
 RECIPE += ("train.learning_rate", "train.lr_step_epochs", "train.lr_gamma", "train.weight_decay", "train.beta1", "train.beta2")
 RECIPE += ("train.schedule", "train.warmup_epochs", "train.layer_decay", "train.ema_decay", "train.patience", "train.label_smoothing")
 RECIPE += ("train.focal_gamma", "train.class_weights", "train.mixup", "train.sampler")
@@ -138,9 +138,10 @@ def _results(run: collection.Run) -> str:
     if len(whole.seeds) > 1:
         rows.append((f"mean of {len(whole.seeds)} seeds", *_intervals(resampler, whole, names)))
     mean_too = "; that of the mean, over seeds and images together" if len(whole.seeds) > 1 else ""
+    of_several = ", on the mean over the patch sizes of one network" if run.config["model.patch_sizes"] else ""
     method = (
         f"{len(whole.labels):,} test images. In brackets the 95 % interval of 2,000 resamples: of one seed, over the images{mean_too}. "
-        "The parameters are those of the epoch of the lowest validation loss; the test split chose nothing."
+        f"The parameters are those of the epoch of the lowest validation loss{of_several}; the test split chose nothing."
     )
     return f"{method}\n\n" + _table(("", *(results.NAMES[name] for name in names)), rows)
 

@@ -61,6 +61,12 @@ class Run:
         return f"patch {self.patch}" + (f", {self.series}" if self.series else "")
 
     @property
+    def label(self) -> str:
+        """Its folder's name; of one of a run's patch sizes after that of the run, such as breast/14."""
+        own = self.path.resolve()
+        return f"{own.parent.parent.name}/{own.name}" if own.parent.name == folder.AT_PATCH else own.name
+
+    @property
     def fitted(self) -> list[Mapping[str, Any]]:
         """Temperature and operating points of the seeds that have not failed; none where the calibration could not be read."""
         if self.calibration is None:

@@ -78,7 +78,7 @@ def classes_as_csv(study: analysis.Study) -> str:
         for member in (member for series in one.series for member in series.runs):
             run = {"dataset": one.name, "task": one.task, "patch": member.subject.patch, "series": member.subject.series}
             run |= {
-                "run": member.subject.run.path.resolve().name,
+                "run": member.subject.run.label,
                 "num_seeds": len(member.subject.seeds),
                 "num_test_images": one.num_images,
             }
@@ -134,5 +134,5 @@ def _csv_of_run(member: analysis.Measured, index: int) -> dict[str, Any]:
     return row | {
         "jax": result["versions"].get("jax", ""),
         "learning_rate": run.config["train.learning_rate"],
-        "run": run.path.resolve().name,
+        "run": run.label,
     }

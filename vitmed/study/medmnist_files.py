@@ -1,6 +1,7 @@
 """Predictions as MedMNIST's own result files, which `python -m medmnist evaluate` reads."""
 
 import collections
+import re
 from collections.abc import Sequence
 
 from vitmed import config as config_lib
@@ -24,7 +25,7 @@ def of_runs(runs: Sequence[collection.Run]) -> dict[str, str]:
 
 
 def _label(run: collection.Run) -> str:
-    return run.path.resolve().name.replace(".", "-").replace("@", "-")
+    return re.sub("[.@/]", "-", run.label)
 
 
 def _of_run(run: collection.Run, label: str) -> dict[str, str]:

@@ -37,7 +37,7 @@ def _data_set(one: analysis.DataSet, figures: Mapping[str, Mapping[str, bytes]])
         "runs": [
             {
                 "name": run.subject.name,
-                "folder": run.subject.run.path.resolve().name,
+                "folder": run.subject.run.label,
                 "config": json.dumps(dict(run.subject.run.config), indent=1, default=list),
             }
             for series in one.series

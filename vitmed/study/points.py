@@ -123,17 +123,18 @@ def varied(configs: Sequence[Mapping[str, Any]]) -> set[str]:
 
 # What the arguments that all recipes share set: also where every point gives the same one, its folder is named after it.
 SET_BY_ARGUMENTS = {
-    "dataset": "data.name",
-    "patch": "model.patch_size",
-    "variant": "model.variant",
-    "size": "data.size",
-    "pretrained": "model.pretrained",
+    "dataset": {"data.name"},
+    "patch": {"model.patch_size"},
+    "patches": {"model.patch_sizes", "model.patch_size"},
+    "variant": {"model.variant"},
+    "size": {"data.size"},
+    "pretrained": {"model.pretrained"},
 }
 
 
 def named(points: Iterable[Point]) -> set[str]:
     """The dotted names of the fields that the points' names tell: an override would make them lie."""
-    return {SET_BY_ARGUMENTS[key] for point in points for key in point.arguments if key in SET_BY_ARGUMENTS}
+    return set().union(*(SET_BY_ARGUMENTS.get(key, set()) for point in points for key in point.arguments))
 
 
 def results_of(run_folder: folder.RunFolder, name: str) -> dict[str, Mapping[str, Any]]:

@@ -85,23 +85,38 @@ def epoch_row(
 ) -> dict[str, Any]:
     """An epoch's line of metrics.jsonl: a function of config and data alone, so it holds no time.
 
-    Of several patch sizes, each with its predictions, `val` is that of the run's `own` one and `forms` has those of all.
+    Of several patch sizes, each with its predictions, `val` is that of the run's `own` one, and `forms` says of all what their own steps
+    lost (null where an epoch has none) and how they do in validation.
     """
     measured = [_measure(dataset, "val", of_form, progress.failed)[0] for of_form in predictions]  # warnings come once, at the end
     steps = plan.steps_before(progress.chunk)
     # The last batch holds fewer examples than the others and counts for as many as it has.
     counts = np.full(plan.steps_per_epoch, plan.batch_size)
     counts[-1] = plan.num_examples - plan.batch_size * (plan.steps_per_epoch - 1)
-    train_loss = np.average(np.asarray(progress.losses, np.float64), axis=1, weights=counts)
+    losses = np.asarray(progress.losses, np.float64)
+    made_at = np.concatenate(
+        [np.full(stop - first, plan.form(chunk, len(measured))) for chunk, first, stop in plan.chunks_of_epoch(len(progress.rows))]
+    )
+    forms = [
+        {"train_loss": _mean_losses(losses[:, made_at == form], counts[made_at == form]), "val": of_form}
+        for form, of_form in enumerate(measured)
+    ]
     return {
         "epoch": len(progress.rows) + 1,
         "step": steps,
         "learning_rate": float(learning_rate(steps - 1)),
-        "train_loss": [float(loss) if np.isfinite(loss) else None for loss in train_loss],
+        "train_loss": _mean_losses(losses, counts),
         "val": measured[own],
         "best_epoch": best_epoch,
-        **({"forms": measured} if len(measured) > 1 else {}),
+        **({"forms": forms} if len(forms) > 1 else {}),
     }
+
+
+def _mean_losses(losses: np.ndarray, counts: np.ndarray) -> list[float | None]:
+    """Each run's mean of losses [R, K] of steps with so many examples [K]; None where it is not finite or there is no step."""
+    if not counts.size:
+        return [None] * len(losses)
+    return [float(loss) if np.isfinite(loss) else None for loss in np.average(losses, axis=1, weights=counts)]
 
 
 def conclude(
