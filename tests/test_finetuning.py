@@ -19,6 +19,7 @@ from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build
 from vitmed.runs import folder
+from vitmed.training import programs
 
 STILL = {"crop_scale": "1,1", "crop_ratio": "1,1", "rotation_degrees": "0", "flip_w": "0", "brightness": "0", "contrast": "0"}
 WAYS = {
@@ -47,7 +48,7 @@ def begun(file, way, **how):
     plan = planned(file, way, **how)
     start = starts.of(plan, begun=False)
     recipe = experiment.recipe(plan, steps_per_epoch=3, base=start.base)
-    state, _ = experiment.programs.create(recipe, start.trained)
+    state, _ = programs.create(recipe, start.trained)
     return plan, recipe, state
 
 
@@ -57,7 +58,7 @@ def stepped(recipe, state, images, labels, *, steps=3):
         "labels": np.broadcast_to(labels, (2, steps, *labels.shape)),
         "mask": np.ones((2, steps, len(labels)), bool),
     }
-    program, _ = experiment.programs.compile_chunk(recipe, batches, {})
+    program, _ = programs.compile_chunk(recipe, batches, {})
     return program(jax.tree.map(jnp.copy, state), batches, steps, {})[0]
 
 

@@ -110,7 +110,7 @@ def test_a_run_goes_on_and_is_evaluated_without_the_weights_it_started_from(file
     copy.with_suffix(".json").write_text(file.with_suffix(".json").read_text())
     workdir = tmp_path / "run"
     more = [*arguments(copy), f"--workdir={workdir}", "--config.train.checkpoint_seconds=0"]
-    monkeypatch.setattr(loop, "conclude", lambda *given, **named: (_ for _ in ()).throw(config.Stopped(15)))
+    monkeypatch.setattr(loop.outcome, "conclude", lambda *given, **named: (_ for _ in ()).throw(config.Stopped(15)))
     assert call(main, *more) == 75
     monkeypatch.undo()
     copy.unlink()

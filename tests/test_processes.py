@@ -17,7 +17,7 @@ from vitmed.runs import cluster, guard, processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEARTBEAT_SECONDS = 10
-LONGEST_SECONDS = 150  # for two processes to end by themselves
+LONGEST_SECONDS = 400  # for two processes to end by themselves
 # Parameters and moments lie in both processes, examples are read by the one that feeds them, and every chunk is followed by a checkpoint.
 SPREAD = {
     "model.variant": "vit_mini",

@@ -15,7 +15,7 @@ from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build, explain, pixels, slices
 from vitmed.runs import folder
-from vitmed.training import augment
+from vitmed.training import augment, programs
 
 LORA = adapters.Lora(rank=2, alpha=4.0, targets=("patch_embed", "qkv", "proj"))
 SIZE = (6, 8, 8)
@@ -270,7 +270,7 @@ def test_only_the_plugin_is_trained_and_the_decoder_only_by_masks(file):
     planned = experiment.plan(config.load(spec, fields))
     start = starts.of(planned, begun=False)
     recipe = experiment.recipe(planned, steps_per_epoch=3, base=start.base)
-    state, _ = experiment.programs.create(recipe, start.trained)
+    state, _ = programs.create(recipe, start.trained)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == planned.num_trained_params
     split = sources.load("phantom3d", size=28).splits["train"]
     chosen = np.flatnonzero(split.masks.any(axis=(1, 2, 3)))[:2]
@@ -279,7 +279,7 @@ def test_only_the_plugin_is_trained_and_the_decoder_only_by_masks(file):
     for name, lesions in (("drawn", split.masks), ("none", np.zeros_like(split.masks))):
         batches = {key: np.stack([array[chosen]] * 3)[None] for key, array in (arrays | {"lesions": lesions}).items()}
         batches["mask"] = np.ones((1, 3, 2), bool)
-        program, _ = experiment.programs.compile_chunk(recipe, batches, {})
+        program, _ = programs.compile_chunk(recipe, batches, {})
         after, losses = program(jax.tree.map(jnp.copy, state), batches, 3, {})
         assert np.isfinite(losses).all()
         moved[name] = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), after.params, state.params)

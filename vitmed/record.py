@@ -32,7 +32,8 @@ def leave_all(
             inside.write_model(run_folder.read_model())
             if run_folder.examples.exists():
                 files.write_whole(inside.examples, files.read(run_folder.examples))
-            inside.write_metrics([row | row["forms"][number] for row in run_folder.read_metrics()])
+            rows = run_folder.read_metrics()
+            inside.write_metrics([{name: row[name] for name in row if name != "forms"} | row["forms"][number] for row in rows])
             leave(form, inside, dataset=dataset, outcome=outcome, base=base)
     return leave(experiment, run_folder, dataset=dataset, outcome=found[experiment.own], base=base)
 
