@@ -71,7 +71,8 @@ def _recipe(planned: planning.Experiment, *, steps_per_epoch: int, labels: np.nd
     model, train = build_model(planned), config.train
     apply = flexible.applying(model.apply, **planned.resized) if planned.patch_sizes else model.apply
     return programs.Recipe(
-        init=functools.partial(_initialise, planned, model),
+        # Made here: what asks the processes of a run cannot be traced.
+        init=functools.partial(_initialise, planned, model if planned.views else _vit(planned, planned.kept)),
         apply=apply if planned.views else adapters.applying(apply, planned.tuning.lora),
         prepare=functools.partial(
             inputs.prepare, in_channels=config.model.in_channels, mean=network.mean, std=network.std, image_size=planned.image_size
@@ -106,7 +107,7 @@ def _initialise(planned: planning.Experiment, model: vit.ViT | slices.SliceViT, 
     if isinstance(model, slices.SliceViT):
         return model.initialise(key, in_channels=planned.config.model.in_channels)
     sizes = {"image_size": planned.kept.image_size, "in_channels": planned.config.model.in_channels}
-    params = build.initialise(_vit(planned, planned.kept), key, **sizes)
+    params = build.initialise(model, key, **sizes)
     lora = planned.tuning.lora
     return params if lora is None else params | {"lora": adapters.fresh_lora(jax.random.fold_in(key, adapters.KEY), params, lora)}
 
