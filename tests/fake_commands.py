@@ -59,7 +59,8 @@ case ${answer#\*} in 0|'') to=1 ;; *) to=2 ;; esac # a complaint goes to stderr
 case $answer in
     hang) sleep_for_real 60; exit 0 ;;
     slow) sleep_for_real 2; echo "$call ended" >> "$FAKES/calls"; exit 0 ;;
-    stop) trap 'echo "$call got SIGTERM" >> "$FAKES/calls"; kill $!; exit 75' TERM; sleep_for_real 60 & wait $!; exit 0 ;;
+    stop) trap 'echo "$call got SIGTERM" >> "$FAKES/calls"; kill $!; exit 75' TERM
+        sleep_for_real 60 & touch "$FAKES/listening"; wait $!; exit 0 ;;
 esac
 answer=${answer#\*}
 exit "${answer:-0}"
@@ -88,6 +89,11 @@ class Fakes:
         """What the next call of this form gives; "*0" is for all of them."""
         with open(self.folder / "answers", "a", encoding="utf-8") as answers:
             answers.write(f"{pattern}\t{status}\t{output}\n")
+
+    @property
+    def listening(self) -> bool:
+        """Whether a command that answers `stop` waits for its signal."""
+        return (self.folder / "listening").exists()
 
     @property
     def calls(self) -> list[str]:

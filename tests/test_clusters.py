@@ -208,8 +208,7 @@ def test_a_pod_passes_sigterm_on_and_waits(fakes, kind):
     _, container = task_container(work_of(render(kubernetes, f"--kind={kind}"))[0])
     fakes.answer("python *", "stop")
     process = fakes.start(container["command"], INDEX="1", FAILURES="0")
-    wait_for(lambda: fakes.calls)
-    time.sleep(0.2)
+    wait_for(lambda: fakes.listening)
     process.terminate()
     assert process.wait(30) == 75
     assert fakes.calls[-1].endswith("--task=1 got SIGTERM")
