@@ -1,5 +1,6 @@
 """Ways to fine-tune: what is trained and what stays, LoRA's arithmetic, plugins and their bases, features computed once."""
 
+import ast
 import csv
 import json
 import math
@@ -200,8 +201,13 @@ def test_a_plugin_holds_itself_and_the_digest_of_its_base(plugins, file):
     tensors = safetensors.numpy.load_file(file)
     assert result["num_trainable_params"] < result["num_params"] / 10
     assert not (run / "weights").exists()
-    saved = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
-    assert saved < sum(array.nbytes for array in tensors.values())  # two checkpoints of two seeds, with their moments and best ones
+    for item, branches in (("state", {"params", "mu", "nu"}), ("best", {"params"})):
+        (file_of_names,) = (run / "checkpoints").glob(f"*/{item}/_METADATA")
+        names = [set(ast.literal_eval(name)) for name in json.loads(file_of_names.read_text())["tree_metadata"]]
+        for branch in branches:
+            saved = [name for name in names if branch in name]
+            assert saved
+            assert all(name & {"head", "lora"} for name in saved)
     assert len(model["base"]) == 64
     # The digest is of the numbers: another file of the same ones has it too, and so has one with another head.
     tensors["head.weight"] = tensors["head.weight"] + 1
