@@ -1,6 +1,9 @@
 """Volumes seen slice by slice: what a slice, a view and a stack's order are to the network, its heat, its masks, and whole runs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,10 @@ import nibabel
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_pretrained_runs import VIT2D, VIT3D, tensors_of_a_micro_model
+from test_explain import contrast
+from test_pretrained_runs import ROOT, VIT2D, VIT3D, tensors_of_a_micro_model
 
-from vitmed import cli, config, evaluate, experiment, export, main, planning, predict
+from vitmed import cli, config, evaluate, experiment, export, inference, main, planning, predict
 from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build, explain, pixels, slices
@@ -207,6 +211,23 @@ def test_masks_go_where_augmentation_takes_the_images():
     assert not np.array_equal(moved, masks)
 
 
+@pytest.mark.slow
+def test_masks_raise_heat_inside_the_lesion(tmp_path):
+    """Of blobs and specks, which six epochs do not tell apart: what the class does not teach, the masks do."""
+    found = {}
+    for weight in ("0", "1"):
+        fields = {"seeds": "0", "train.epochs": "6", "train.learning_rate": "2e-3", "model.variant": "vit_micro", "model.views": "axial"}
+        loaded = config.load(VIT3D.replace("vit3d", "quickstart") + ":dataset=phantom3d,patch=7", fields | {"train.mask_weight": weight})
+        experiment.run(experiment.plan(loaded), folder.RunFolder(tmp_path / weight))
+        run = inference.open_run(tmp_path / weight)
+        test = run.planned.load().splits["test"]
+        for method in ("attention", "rollout"):
+            explained = inference.explainer(run, method=method, batch_size=len(test.images))
+            found[method, weight] = contrast(explained(test.images, test.labels[:, 0]), test.masks, (1, 7, 7))
+    assert found["attention", "1"] > 1.1 * found["attention", "0"], found
+    assert found["rollout", "1"] > 1.03 * found["rollout", "0"], found
+
+
 # --- runs -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -225,29 +246,45 @@ def call(command, *argv):
     return cli.run_cli(command.main, [str(argument) for argument in argv])
 
 
+def spec_of(file):
+    return f"{ANYMC3D}:dataset=phantom3d,patch=28,variant=vit_micro,pretrained={file},views=axial+sagittal"
+
+
 @pytest.fixture(scope="module")
 def run(file, tmp_path_factory):
-    """Three views, LoRA of each, and masks."""
+    """Two views, LoRA of each, and masks."""
     workdir = tmp_path_factory.mktemp("anymc3d") / "run"
-    spec = f"{ANYMC3D}:dataset=phantom3d,patch=14,variant=vit_micro,pretrained={file},views=axial+coronal+sagittal"
-    assert call(main, f"--config={spec}", *SMALL, "--config.train.mask_weight=1", f"--workdir={workdir}") == 0
+    assert call(main, f"--config={spec_of(file)}", *SMALL, "--config.train.mask_weight=1", f"--workdir={workdir}") == 0
     return workdir
 
 
 def test_a_run_counts_what_it_is_and_is_evaluated_and_given_away(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     width, rank = 48, 8
-    lora = (14 * 14 * 3 + width) * rank + 2 * 4 * 2 * width * rank
+    lora = (28 * 28 * 3 + width) * rank + 2 * 4 * 2 * width * rank
     decoder = pixels.num_params(width)
-    assert result["num_trainable_params"] == 3 * (lora + width) + width + decoder + (width + 1) * 2
-    assert result["patch_size"] == [1, 14, 14]
-    assert result["num_tokens"] == 3 * 28 * 5
+    assert result["num_trainable_params"] == 2 * (lora + width) + width + decoder + (width + 1) * 2
+    assert result["patch_size"] == [1, 28, 28]
+    assert result["num_tokens"] == 2 * 28 * 2
     assert call(evaluate, f"--workdir={run}", f"--out={tmp_path / 'out.json'}") == 0
     assert json.loads((tmp_path / "out.json").read_text())["test"]["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
     assert call(export, f"--workdir={run}", "--format=stablehlo", f"--out={tmp_path / 'program'}", "--seed=1") == 0
     capsys.readouterr()
     assert call(export, f"--workdir={run}", "--format=safetensors", f"--out={tmp_path / 'weights'}") == 2
     assert "sees slices" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_does_not_depend_on_the_mesh(run, file, tmp_path):
+    """Four devices, of which two share a batch and two the large parameters: masks are counted over all of a batch."""
+    command = [sys.executable, "-m", "vitmed.main", f"--config={spec_of(file)}", *SMALL, "--config.train.mask_weight=1"]
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    meshed = [f"--workdir={tmp_path / 'run'}", "--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    subprocess.run([*command, *meshed], env=os.environ | devices, check=True, cwd=ROOT)
+    losses = [[json.loads(line)["train_loss"] for line in (path / "metrics.jsonl").open()] for path in (run, tmp_path / "run")]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    found = [np.load(path / "predictions" / "test.npz")["probabilities"] for path in (run, tmp_path / "run")]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
 
 
 def test_it_predicts_a_volume_and_draws_heat_of_all_views_on_its_voxels(run, tmp_path):
@@ -331,7 +368,6 @@ def test_stopped_and_continued_it_is_the_same(run, file, tmp_path):
     whole = (run / "predictions" / "test.npz").read_bytes()
     (run / "result.json").unlink()
     (run / "predictions" / "test.npz").unlink()
-    spec = f"{ANYMC3D}:dataset=phantom3d,patch=14,variant=vit_micro,pretrained={file},views=axial+coronal+sagittal"
-    assert call(main, f"--config={spec}", *SMALL, "--config.train.mask_weight=1", f"--workdir={run}") == 0
+    assert call(main, f"--config={spec_of(file)}", *SMALL, "--config.train.mask_weight=1", f"--workdir={run}") == 0
     assert (run / "predictions" / "test.npz").read_bytes() == whole
     assert folder.RunFolder(run).read_result() is not None

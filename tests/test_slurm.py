@@ -76,6 +76,7 @@ def epochs(workdir, point):
     return [json.loads(line)["epoch"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_tasks_are_stopped_in_the_middle_gives_every_result_once(cluster, tmp_path, capsys):
     workdir = tmp_path / "sweep"
     flags = [*SMALL, "--points=dataset=phantom2d,patch=14|28", "--gres=none", "--pack=0", "--limit=2", "--time=1:00:00"]
