@@ -1,5 +1,6 @@
 """Volumes seen slice by slice: what a slice, a view and a stack's order are to the network, its heat, its masks, and whole runs."""
 
+import functools
 import json
 import os
 import subprocess
@@ -26,21 +27,38 @@ SIZE = (6, 8, 8)
 
 
 def made(views=("axial",), *, size=SIZE, lora=None, decodes=False, pooling="cls", moved=True):
-    """A network of volumes with parameters that are all different from their first values."""
+    """A network of volumes with parameters that are all different from their first values, or (`moved=False`) as they begin."""
     encoder = build.model(build.pooled(build.plain(12, 2, 2), pooling), patch_size=(4, 4), num_classes=None)
     model = slices.SliceViT(encoder, image_size=size, views=views, num_classes=3, lora=lora, decodes=decodes)
-    params = model.initialise(jax.random.key(0), in_channels=1)
-    if moved:
-        leaves, structure = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(9), len(leaves))
-        params = jax.tree.unflatten(
-            structure, [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-        )
-    return model, params
+    first = functools.partial(model.initialise, jax.random.key(0), in_channels=1)
+    if not moved:
+        return model, first()
+    generator = np.random.default_rng(9)
+
+    def drawn(path, leaf):
+        return jnp.asarray((path[-1].key == "scale") + generator.normal(0, 0.3, leaf.shape), jnp.float32)
+
+    return model, jax.tree_util.tree_map_with_path(drawn, jax.eval_shape(first))
 
 
 def volumes(size=SIZE, count=2, seed=1):
     return jax.random.normal(jax.random.key(seed), (count, *size, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("stage", "masks"))
+def applied(model, params, given, **how):
+    """What the model makes of volumes, as one program: call by call, its operations take ten times as long to compile."""
+    return model.apply({"params": params}, given, **how)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def heat_of(model, params, given, classes=None, *, method):
+    return model.heat(params, given, classes, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def weights_of(model, params, given):
+    return model.weights(params, given)
 
 
 # --- the network ----------------------------------------------------------------------------------------------------------------
@@ -50,31 +68,31 @@ def volumes(size=SIZE, count=2, seed=1):
 def test_the_order_of_slices_says_nothing_and_that_of_rows_does(pooling):
     model, params = made(pooling=pooling)
     given = volumes()
-    logits = model.apply({"params": params}, given)
+    logits = applied(model, params, given)
     order = jnp.array([3, 0, 5, 1, 4, 2])
-    np.testing.assert_allclose(model.apply({"params": params}, given[:, order]), logits, atol=1e-5)
-    assert np.abs(model.apply({"params": params}, given[:, :, ::-1]) - logits).max() > 1e-2
+    np.testing.assert_allclose(applied(model, params, given[:, order]), logits, atol=1e-5)
+    assert np.abs(applied(model, params, given[:, :, ::-1]) - logits).max() > 1e-2
 
 
 def test_a_stack_of_one_picture_is_what_the_2d_network_makes_of_it():
     model, params = made()
     picture = jax.random.normal(jax.random.key(2), (2, 1, 8, 8, 1))
-    feature = model.encoder.apply({"params": params["encoder"]}, picture[:, 0])
+    feature = applied(model.encoder, params["encoder"], picture[:, 0])
     expected = feature @ params["head"]["kernel"] + params["head"]["bias"]
-    np.testing.assert_allclose(model.apply({"params": params}, jnp.repeat(picture, 6, axis=1)), expected, atol=1e-5)
+    np.testing.assert_allclose(applied(model, params, jnp.repeat(picture, 6, axis=1)), expected, atol=1e-5)
 
 
 def test_slices_are_weighed_by_the_softmax_of_their_products_with_the_query():
     model, params = made()
     given = volumes()
-    features = np.stack([model.encoder.apply({"params": params["encoder"]}, given[:, index]) for index in range(6)], axis=1)
+    features = np.stack([applied(model.encoder, params["encoder"], given[:, index]) for index in range(6)], axis=1)
     scores = features @ np.asarray(params["views"]["axial"]["query"]) / np.sqrt(12)
     weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-    found, of_views = model.weights(params, given)
+    found, of_views = weights_of(model, params, given)
     np.testing.assert_allclose(found["axial"], weights, atol=1e-5)
     np.testing.assert_array_equal(of_views, np.ones((2, 1)))
     expected = (weights[..., None] * features).sum(axis=1) @ params["head"]["kernel"] + params["head"]["bias"]
-    np.testing.assert_allclose(model.apply({"params": params}, given), expected, atol=1e-4)
+    np.testing.assert_allclose(applied(model, params, given), expected, atol=1e-4)
 
 
 def test_a_view_is_the_axial_one_of_the_volume_turned():
@@ -84,25 +102,51 @@ def test_a_view_is_the_axial_one_of_the_volume_turned():
     for view, turned in (("coronal", given.transpose(0, 2, 1, 3, 4)), ("sagittal", given.transpose(0, 3, 1, 2, 4))):
         other, _ = made((view,), size=size)
         renamed = params | {"views": {view: params["views"]["axial"]}}
-        np.testing.assert_allclose(other.apply({"params": renamed}, given), model.apply({"params": params}, turned), atol=1e-5)
+        np.testing.assert_allclose(applied(other, renamed, given), applied(model, params, turned), atol=1e-5)
+
+
+def test_each_view_has_a_query_of_its_own_and_another_fuses_them():
+    views = ("coronal", "axial")
+    model, params = made(views)
+    given = volumes()
+    features = np.asarray(applied(model, params, given, stage="features"), np.float64)
+    pooled = []
+    for view, part in zip(views, (features[:, :8], features[:, 8:]), strict=True):
+        scores = part @ np.asarray(params["views"][view]["query"]) / np.sqrt(12)
+        weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(weights_of(model, params, given)[0][view], weights, atol=1e-5)
+        pooled.append((weights[..., None] * part).sum(axis=1))
+    scores = np.stack(pooled, axis=1) @ np.asarray(params["fusion"]["query"]) / np.sqrt(12)
+    of_views = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weights_of(model, params, given)[1], of_views, atol=1e-5)
+    expected = (of_views[..., None] * np.stack(pooled, axis=1)).sum(axis=1) @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(applied(model, params, given), expected, atol=1e-4)
+
+
+def test_slices_of_another_size_are_resized_without_aliasing():
+    stripes = jnp.tile(jnp.array([0.0, 1.0]), 8)[None, :, None, None, None] * jnp.ones((1, 16, 8, 8, 1))
+    found = slices.stacked(stripes, "coronal")
+    assert found.shape == (1, 8, 8, 8, 1)
+    np.testing.assert_allclose(found[:, :, 1:-1], 0.5, atol=0.05)  # every other row alone would be 0 or 1
+    np.testing.assert_allclose(slices.stacked(stripes[:, :8], "coronal")[0, 0, :, 0, 0], stripes[0, :8, 0, 0, 0])
 
 
 def test_several_views_are_fused_by_a_query_and_each_has_its_own_lora():
     views = ("axial", "coronal", "sagittal")
     model, params = made(views, lora=LORA)
     given = volumes()
-    logits = model.apply({"params": params}, given)
-    of_slices, of_views = model.weights(params, given)
+    logits = applied(model, params, given)
+    of_slices, of_views = weights_of(model, params, given)
     assert {name: weights.shape for name, weights in of_slices.items()} == {"axial": (2, 6), "coronal": (2, 8), "sagittal": (2, 8)}
     for weights in (*of_slices.values(), of_views):
         np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-6)
     for view in views:
         changed = jax.tree.map(lambda leaf: leaf, params)
         changed["views"][view]["lora"]["block_00"]["attn"]["q"]["b"] += 1.0
-        moved, _ = model.weights(changed, given)
+        moved, _ = weights_of(model, changed, given)
         same = [np.allclose(moved[name], of_slices[name], atol=1e-6) for name in views]
         assert same == [name != view for name in views]
-        assert not np.allclose(model.apply({"params": changed}, given), logits, atol=1e-5)
+        assert not np.allclose(applied(model, changed, given), logits, atol=1e-5)
 
 
 def test_lora_that_has_not_moved_is_the_base_and_one_more_copy_of_it_is_none():
@@ -110,15 +154,15 @@ def test_lora_that_has_not_moved_is_the_base_and_one_more_copy_of_it_is_none():
     without, bare = made(moved=False)
     params["head"]["kernel"] = jax.random.normal(jax.random.key(3), (12, 3))
     bare = {"encoder": params["encoder"], "views": {"axial": {"query": params["views"]["axial"]["query"]}}, "head": params["head"]}
-    np.testing.assert_allclose(with_lora.apply({"params": params}, volumes()), without.apply({"params": bare}, volumes()), atol=1e-6)
+    np.testing.assert_allclose(applied(with_lora, params, volumes()), applied(without, bare, volumes()), atol=1e-6)
 
 
 def test_features_and_then_the_classifier_are_the_whole_also_where_views_differ_in_length():
     model, params = made(("coronal", "axial"))
-    features = model.apply({"params": params}, volumes(), stage="features")
+    features = applied(model, params, volumes(), stage="features")
     assert features.shape == (2, 8 + 6, 12)
-    whole = model.apply({"params": params}, volumes())
-    np.testing.assert_allclose(model.apply({"params": params}, features, stage="classify"), whole, atol=1e-6)
+    whole = applied(model, params, volumes())
+    np.testing.assert_allclose(applied(model, params, features, stage="classify"), whole, atol=1e-6)
 
 
 # --- heat -----------------------------------------------------------------------------------------------------------------------
@@ -129,17 +173,17 @@ def test_heat_lies_where_the_one_slice_is_that_counts(method):
     """The slice whose feature the query is gets nearly all the weight, and so the heat; in three views, where these slices meet."""
     model, params = made(size=(8, 8, 8))
     given = volumes((8, 8, 8), count=1)
-    features = model.encoder.apply({"params": params["encoder"]}, given[0])
+    features = applied(model.encoder, params["encoder"], given[0])
     apart = features[5] - features.mean(axis=0)
     params["views"]["axial"]["query"] = 40 * apart / jnp.linalg.norm(apart)
-    heat = model.heat(params, given, method=method)
+    heat = heat_of(model, params, given, method=method)
     assert heat.shape == (1, 8, 2, 2)
     np.testing.assert_allclose(heat.sum(), 1.0, atol=1e-5)
-    assert heat[0].sum(axis=(1, 2)).argmax() == model.weights(params, given)[0]["axial"][0].argmax() == 5
+    assert heat[0].sum(axis=(1, 2)).argmax() == weights_of(model, params, given)[0]["axial"][0].argmax() == 5
     three, _ = made(("axial", "coronal", "sagittal"), size=(8, 8, 8))
     query = params["views"]["axial"]
     of_three = params | {"views": dict.fromkeys(three.views, query), "fusion": query}
-    laid = three.heat(of_three, given, method=method)
+    laid = heat_of(three, of_three, given, method=method)
     assert laid.shape == (1, 8, 8, 8)
     np.testing.assert_allclose(laid.sum(), 1.0, atol=1e-5)
 
@@ -147,11 +191,39 @@ def test_heat_lies_where_the_one_slice_is_that_counts(method):
 def test_attention_heat_is_the_weight_of_the_slice_times_what_its_cls_attends_to():
     model, params = made()
     given = volumes(count=1)
-    weights = np.asarray(model.weights(params, given)[0]["axial"][0])
+    weights = np.asarray(weights_of(model, params, given)[0]["axial"][0])
     within = np.asarray(explain.attention(model.encoder, params["encoder"], given[0]))
     shares = within / within.sum(axis=(1, 2), keepdims=True)
     expected = weights[:, None, None] * shares
-    np.testing.assert_allclose(model.heat(params, given, method="attention")[0], expected / expected.sum(), atol=1e-6)
+    np.testing.assert_allclose(heat_of(model, params, given, method="attention")[0], expected / expected.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["attention", "gradient"])
+def test_heat_is_that_of_the_view_which_the_fusion_takes_seen_through_its_lora(method):
+    """With all weight on one view, what three views with LoRA say is what the merged network says of that view alone."""
+    size = (8, 8, 8)
+    model, params = made(slices.VIEWS, size=size, lora=LORA)
+    given = volumes(size, count=1)
+    features = applied(model, params, given, stage="features")
+    of_slices, _ = weights_of(model, params, given)
+    pooled = jnp.stack([of_slices[view][0] @ features[0, 8 * index : 8 * index + 8] for index, view in enumerate(slices.VIEWS)])
+    apart = jnp.linalg.pinv(pooled - pooled.mean(axis=0)) @ (400 * (jnp.arange(3) == 1))
+    params["fusion"]["query"] = apart
+    np.testing.assert_allclose(weights_of(model, params, given)[1], [[0, 1, 0]], atol=1e-6)
+    alone, _ = made(("coronal",), size=size)
+    query = {"query": params["views"]["coronal"]["query"]}
+    seen = {"encoder": model.effective(params, "coronal"), "views": {"coronal": query}, "head": params["head"]}
+    expected = heat_of(alone, seen, given, method=method)
+    np.testing.assert_allclose(heat_of(model, params, given, method=method), expected, atol=1e-5)
+
+
+def test_gradient_heat_is_of_the_class_asked_for_and_by_itself_of_the_likeliest():
+    model, params = made()
+    given = volumes()
+    likely = applied(model, params, given).argmax(axis=1)
+    own = heat_of(model, params, given, method="gradient")
+    np.testing.assert_allclose(heat_of(model, params, given, likely, method="gradient"), own, atol=1e-6)
+    assert np.abs(heat_of(model, params, given, (likely + 1) % 3, method="gradient") - own).max() > 1e-3
 
 
 def test_a_views_heat_is_laid_on_the_voxels_that_it_saw():
@@ -182,6 +254,13 @@ def test_the_loss_of_masks_is_entropy_and_dice_and_nothing_where_there_is_no_mas
     assert not gradient[2].any()
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_masks_change_nothing_of_what_is_classified(pooling):
+    model, params = made(("coronal", "axial"), decodes=True, pooling=pooling)
+    given = volumes()
+    np.testing.assert_allclose(applied(model, params, given, masks=True)[0], applied(model, params, given), atol=1e-5)
+
+
 @pytest.mark.parametrize("view", slices.VIEWS)
 def test_a_decoder_sees_each_voxel_where_it_is(view):
     """Its logits change with the patches around a voxel and not with those far from it, whatever the view."""
@@ -190,13 +269,12 @@ def test_a_decoder_sees_each_voxel_where_it_is(view):
     model = slices.SliceViT(model.encoder.clone(depth=0), size, model.views, 3, decodes=True)  # no block, so no attention between patches
     given = volumes(size, count=1)
     changed = given.at[0, 1, 14, 1].add(3.0)
-    before, after = (model.apply({"params": params}, one, masks=True)[1] for one in (given, changed))
+    before, after = (applied(model, params, one, masks=True)[1] for one in (given, changed))
     difference = np.abs(np.asarray(after - before))[0]
     assert difference.shape == size
     assert difference[1, 14, 1] > 1e-3
     assert difference[15, 0, 15] < 1e-6
     np.testing.assert_array_equal(before.shape, (1, *size))
-    np.testing.assert_allclose(model.apply({"params": params}, given), model.apply({"params": params}, given, masks=True)[0], atol=1e-5)
 
 
 def test_masks_go_where_augmentation_takes_the_images():
