@@ -1,5 +1,6 @@
 """Volumes seen slice by slice: what a slice, a view and a stack's order are to the network, its heat, its masks, and whole runs."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -157,6 +158,20 @@ def test_lora_that_has_not_moved_is_the_base_and_one_more_copy_of_it_is_none():
     np.testing.assert_allclose(applied(with_lora, params, volumes()), applied(without, bare, volumes()), atol=1e-6)
 
 
+def test_views_begin_differently_and_drop_their_branches_apart():
+    model, params = made(("axial", "coronal"), size=(8, 8, 8), lora=LORA, moved=False)
+    axial, coronal = (params["views"][view] for view in model.views)
+    assert np.abs(axial["query"] - coronal["query"]).max() > 1e-3
+    assert np.abs(axial["lora"]["patch_embed"]["a"] - coronal["lora"]["patch_embed"]["a"]).max() > 1e-3
+    dropping = dataclasses.replace(model, encoder=model.encoder.clone(drop_path=0.5))
+    given = volumes((8, 8, 8))
+    given = given + given.swapaxes(1, 2)  # both views see the same stack
+    features = applied(dropping, params, given, stage="features")
+    np.testing.assert_allclose(features[:, :8], features[:, 8:], atol=1e-5)
+    dropped = dropping.apply({"params": params}, given, stage="features", train=True, rngs={"drop_path": jax.random.key(0)})
+    assert np.abs(dropped[:, :8] - dropped[:, 8:]).max() > 1e-2
+
+
 def test_features_and_then_the_classifier_are_the_whole_also_where_views_differ_in_length():
     model, params = made(("coronal", "axial"))
     features = applied(model, params, volumes(), stage="features")
@@ -258,7 +273,11 @@ def test_the_loss_of_masks_is_entropy_and_dice_and_nothing_where_there_is_no_mas
 def test_masks_change_nothing_of_what_is_classified(pooling):
     model, params = made(("coronal", "axial"), decodes=True, pooling=pooling)
     given = volumes()
-    np.testing.assert_allclose(applied(model, params, given, masks=True)[0], applied(model, params, given), atol=1e-5)
+    logits, found = applied(model, params, given, masks=True)
+    np.testing.assert_allclose(logits, applied(model, params, given), atol=1e-5)
+    alone, _ = made(("coronal",), decodes=True, pooling=pooling)
+    of_first = params | {"views": {"coronal": params["views"]["coronal"]}}
+    np.testing.assert_allclose(found, applied(alone, of_first, given, masks=True)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("view", slices.VIEWS)
