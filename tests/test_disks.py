@@ -47,7 +47,10 @@ LATER = [
 ]
 
 
-@pytest.mark.parametrize(("harm", "moments"), [("fill", LATER), ("read-only", LATER[::2])], ids=["fill", "read-only"])
+@pytest.mark.parametrize(
+    ("harm", "moments"),
+    [pytest.param("fill", LATER, id="fill"), pytest.param("read-only", LATER[::2], id="read-only", marks=pytest.mark.slow)],
+)
 def test_a_disk_that_fills_up_or_becomes_read_only(runs2d, disk, harm, moments):
     workdir = disk / "run"
     for moment in moments:

@@ -54,7 +54,7 @@ def released(file, rank, *, patch, departure="all"):
     return [f"--config={spec},departure={departure}", *SMALL]
 
 
-@pytest.fixture(scope="module", params=[(2, 7), (3, 14)], ids=["2d", "3d"])
+@pytest.fixture(scope="module", params=[pytest.param((2, 7), id="2d"), pytest.param((3, 14), id="3d", marks=pytest.mark.slow)])
 def finished(request, file, tmp_path_factory):
     """(rank, patch, folder) of a finished run of the recipe as released."""
     rank, patch = request.param

@@ -9,6 +9,7 @@ import sys
 
 import nibabel
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -18,6 +19,7 @@ def blocks():
     return re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial(tmp_path):
     """With two epochs instead of sixty; what the numbers then are is not looked at."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
