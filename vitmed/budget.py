@@ -150,7 +150,7 @@ def _scores(planned: planning.Experiment, device: machine.Device, images: int) -
     form = planned.attention_form(device.platform)
     if form == "plain":
         return images * heads * queries * num_keys
-    if form == "cudnn" or device.platform == "cpu":  # a CPU takes one image's and head's block of queries at a time
+    if form == "cudnn" or device.platform == "cpu":  # a CPU takes few heads' block of queries at a time
         return 0
     return images * heads * num_keys * min(queries, attention.block_size(batch_size=images, num_heads=heads, num_keys=num_keys))
 

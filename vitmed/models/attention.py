@@ -20,6 +20,8 @@ FORMS = ("auto", "plain", "blockwise", "cudnn")
 SCORES, BLOCKS = 2**28, (64, 512)
 # On a CPU as many as make this many scores (2.5 MB, which caches hold), but no fewer than SMALLEST_BLOCK.
 CPU_SCORES, SMALLEST_BLOCK = 640_000, 128
+# Heads at a time on a CPU: one alone does not keep two cores busy, and all of them leave the caches.
+CPU_HEADS = 4
 # From this many tokens on `blockwise` is taken: on a CPU because it is faster there, elsewhere because the weights of a batch of 64 with
 # 6 heads would be 6 GB in float32.
 LONG = {"cpu": 512, "other": 2048}
@@ -65,30 +67,81 @@ def block_size(*, batch_size: int, num_heads: int, num_keys: int) -> int:
     return max(least, min(most, SCORES // (batch_size * num_heads * num_keys)))
 
 
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int | None = None, one_by_one: bool = False) -> jax.Array:
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int | None = None, heads: int | None = None) -> jax.Array:
     """[B, N, H, d] -> [B, N, H, d], at most `block` queries at a time and each block again in the backward pass: memory grows with N.
 
-    With `one_by_one` the heads follow one another too, which suits a CPU's caches; else they are one batch, which fills an accelerator.
+    `heads` of all images are computed at a time, as few as suit a CPU's caches; with None all are one batch, which fills an accelerator.
     No `block` is `block_size`.
     """
     B, N, H, d = q.shape
     block = block or block_size(batch_size=B, num_heads=H, num_keys=k.shape[1])
     block = -(-N // -(-N // block))  # as many blocks, as equal as can be
+    # Rows of zeros fill up the last block: they attend to everything alike and are cut off again.
+    q = jnp.pad(q * d**-0.5, ((0, 0), (0, -N % block), (0, 0), (0, 0)))
+    mixed = _blocks(*(part.transpose(0, 2, 1, 3).reshape(B * H, -1, d) for part in (q, k, v)), block, heads)
+    return mixed.reshape(B, H, -1, d)[:, :, :N].transpose(0, 2, 1, 3)
 
-    @jax.checkpoint
-    def of_block(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        scores = jnp.einsum("qd,kd->qk", q * (d**-0.5), k, preferred_element_type=jnp.float32)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
 
-    def of_head(qkv: tuple[jax.Array, ...]) -> jax.Array:
-        q, k, v = qkv
-        # Rows of zeros fill up the last block: they attend to everything alike and are cut off again.
-        blocks = jnp.pad(q, ((0, -N % block), (0, 0))).reshape(-1, block, d)
-        return jax.lax.map(lambda q: of_block(q, k, v), blocks).reshape(-1, d)[:N]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, block: int, heads: int | None) -> jax.Array:
+    """Heads [A, N, d], q scaled and N a multiple of `block` -> [A, N, d].
 
-    heads = tuple(part.transpose(0, 2, 1, 3).reshape(B * H, -1, d) for part in (q, k, v))
-    mixed = jax.lax.map(of_head, heads) if one_by_one else jax.vmap(of_head)(heads)
-    return mixed.reshape(B, H, N, d).transpose(0, 2, 1, 3)
+    The derivative is written down (arXiv 2205.14135): of the weights the forward pass keeps log(sum(exp(scores))), so that the backward
+    pass has them again by one exponential, and of softmax's derivative the sum over keys is do . o. By rule both passes go over a block's
+    scores more often.
+    """
+    return _blocks_forward(q, k, v, block, heads)[0]
+
+
+def _over_heads(of_head: Callable[..., Any], arrays: tuple[jax.Array, ...], heads: int | None) -> Any:
+    return jax.vmap(of_head)(*arrays) if heads is None else jax.lax.map(lambda head: of_head(*head), arrays, batch_size=heads)
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
+
+
+def _blocks_forward(q: jax.Array, k: jax.Array, v: jax.Array, block: int, heads: int | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def of_head(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def of_block(q: jax.Array) -> tuple[jax.Array, jax.Array]:
+            scores = _scores(q, k)
+            largest = scores.max(axis=-1)
+            exponentials = jnp.exp(scores - largest[:, None])
+            total = exponentials.sum(axis=-1)
+            mixed = jnp.einsum("qk,kd->qd", exponentials.astype(v.dtype), v, preferred_element_type=jnp.float32) / total[:, None]
+            return mixed.astype(v.dtype), largest + jnp.log(total)
+
+        mixed, logs = jax.lax.map(of_block, q.reshape(-1, block, q.shape[-1]))
+        return mixed.reshape(q.shape), logs.reshape(-1)
+
+    mixed, logs = _over_heads(of_head, (q, k, v), heads)
+    return mixed, (q, k, v, mixed, logs)
+
+
+def _blocks_backward(block: int, heads: int | None, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+    def of_head(
+        q: jax.Array, k: jax.Array, v: jax.Array, mixed: jax.Array, logs: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        along = jnp.einsum("qd,qd->q", gradient, mixed, preferred_element_type=jnp.float32)
+
+        def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            (of_k, of_v), (q, gradient, logs, along) = sums, part
+            weights = jnp.exp(_scores(q, k) - logs[:, None])
+            of_scores = (weights * (_scores(gradient, v) - along[:, None])).astype(q.dtype)
+            # [d, K]: a CPU multiplies by the scores as they lie a third faster than by their transpose.
+            of_v += jnp.einsum("qd,qk->dk", gradient, weights.astype(v.dtype), preferred_element_type=jnp.float32)
+            of_k += jnp.einsum("qd,qk->dk", q, of_scores, preferred_element_type=jnp.float32)
+            return (of_k, of_v), of_scores @ k
+
+        parts = [array.reshape(-1, block, *array.shape[1:]) for array in (q, gradient, logs, along)]
+        nothing = (jnp.zeros(k.shape[::-1], jnp.float32), jnp.zeros(v.shape[::-1], jnp.float32))
+        (of_k, of_v), of_q = jax.lax.scan(add, nothing, tuple(parts))
+        return of_q.reshape(q.shape), of_k.T.astype(k.dtype), of_v.T.astype(v.dtype)
+
+    return _over_heads(of_head, (*kept, gradient), heads)
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -116,5 +169,5 @@ def resolve(form: str, *, platform: str, dtype: Any, num_tokens: int, head_width
 def choose(form: str, *, platform: str, num_tokens: int) -> Attention:
     """The function of a form that `resolve` gave, tuned to the platform."""
     if form == "blockwise" and platform == "cpu":
-        return functools.partial(blockwise, block=max(SMALLEST_BLOCK, CPU_SCORES // num_tokens), one_by_one=True)
+        return functools.partial(blockwise, block=max(SMALLEST_BLOCK, CPU_SCORES // num_tokens), heads=CPU_HEADS)
     return {"plain": plain, "blockwise": blockwise, "cudnn": cudnn}[form]
