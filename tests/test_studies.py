@@ -11,7 +11,7 @@ from scipy import stats
 
 from vitmed import config as config_lib
 from vitmed import metrics
-from vitmed.study import analysis, collection, comparisons, figures, series, subjects, summary
+from vitmed.study import analysis, collection, comparisons, figures, results, series, subjects, summary
 
 RESAMPLES = 200
 
@@ -278,6 +278,33 @@ def test_another_series_is_held_against_the_plain_one(tmp_path):
     asked = next(asked for asked in one.series[1].against_plain if asked.metric == "balanced_accuracy")
     assert (asked.first.name, asked.second.name) == ("patch 7, pooling mean", "patch 7")
     assert asked.difference.high < 0
+
+
+def test_slices_are_held_against_patches_that_are_trained_alike(tmp_path):
+    for name, skill, fields in (
+        ("patches", 2.0, {}),
+        ("lora", 0.3, {"train__tune": "lora"}),
+        ("three", 3.0, {"train__tune": "lora", "model__views": "axial,coronal,sagittal"}),
+        ("slices", 2.0, {"train__tune": "lora", "model__views": "axial"}),
+        ("alone", 2.0, {"train__tune": "head", "model__views": "axial"}),
+        ("finer", 2.0, {"train__tune": "lora", "model__views": "axial", "model__patch_size": "1,7,7"}),
+    ):
+        made_runs.write(tmp_path / name, dataset="fracturemnist3d", rank=3, patch="1x14x14", skill=skill, **fields)
+    (one,) = study(tmp_path).data_sets
+    asked = [each for each in one.of_forms if each.metric == "balanced_accuracy"]
+    assert [(each.first.run.path.name, each.second.run.path.name) for each in asked] == [
+        ("slices", "lora"),
+        ("three", "lora"),
+        ("three", "slices"),
+    ]
+    assert all(each.difference.low > 0 for each in asked[:2])
+    assert asked[0].adjusted >= asked[0].difference.p_value
+    rows = [row for row in results.differences(one).rows if "trained alike" in row[1].text and row[2].text == "balanced accuracy"]
+    assert [row[1].text for row in rows] == ["slices against patches, trained alike"] * 2 + ["other views, trained alike"]
+    said = [sentence for sentence in summary.of_data_set(one) if "trained alike" in sentence]
+    assert len(said) == 3
+    # Most runs see slices here, so that patches depart from what is usual.
+    assert said[0].startswith("Slices against patches, trained alike: patch 1x14x14 against patch 1x14x14, views none: balanced accuracy +")
 
 
 def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):

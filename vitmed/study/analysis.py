@@ -63,6 +63,7 @@ class DataSet:
     num_pixels: tuple[int, ...]  # of an image as it is stored, along each axis or along all
     num_images: int
     series: tuple[Series, ...]
+    of_forms: tuple[comparisons.Comparison, ...] = ()
 
     @property
     def plain(self) -> Series | None:
@@ -152,7 +153,8 @@ def _data_set(runs: Sequence[collection.Run], ensembles: Sequence[Sequence[str]]
     series = tuple(_series(name, group, plain, ensembles, resampler) for name, group in groups.items())
     first = runs[0]
     size = first.config["data.size"]
-    return DataSet(first.dataset, first.result["dataset"], first.task, first.rank, size, len(first.labels), series)
+    of_forms = tuple(comparisons.forms(members, resampler))
+    return DataSet(first.dataset, first.result["dataset"], first.task, first.rank, size, len(first.labels), series, of_forms)
 
 
 def _series(

@@ -1,10 +1,11 @@
 """Which differences a study asks for, each with its interval and its p-value corrected for how many were asked.
 
 Within a series every patch size against the largest, the paper's fixed contrast among them; between series each run against its
-counterpart in the plain one. All are paired: the same test images and the same seeds.
+counterpart in the plain one, and slices against patches that are trained alike. All are paired: the same test images and seeds.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from vitmed.study import statistics, subjects
 
 PAPERS_CONTRAST = {2: ("2", "28"), 3: ("1", "14")}  # small against large patch (arXiv 2602.18614); by rank
 METRICS = ("balanced_accuracy", "auc")
+VIEWS = "model.views"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,3 +137,21 @@ def counterparts(plain: Sequence[subjects.Subject], other: Sequence[subjects.Sub
     pairs = [(subject, by_patch.get(subject.patch) or by_tokens.get(subject.run.result["num_tokens"])) for subject in other]
     different = [(subject, same) for subject, same in pairs if same is not None and same.runs != subject.runs]  # a chosen run may be plain
     return corrected([one for subject, same in different for one in resampler.compare(subject, same)])
+
+
+def forms(members: Sequence[subjects.Subject], resampler: Resampler) -> list[Comparison]:
+    """Runs that differ in `model.views` alone, two by two: slices against patches, several views against one."""
+    alike: dict[tuple, list[subjects.Subject]] = {}
+    for member in members:
+        rest = tuple(departure for departure in member.run.departures if departure[0] != VIEWS)
+        alike.setdefault((member.patch, rest), []).append(member)
+    pairs = []
+    for group in alike.values():
+        by_views = sorted(group, key=lambda member: len(views_of(member)))
+        pairs += [(second, first) for first, second in itertools.combinations(by_views, 2)]
+    return corrected([one for pair in pairs for one in resampler.compare(*pair)])
+
+
+def views_of(subject: subjects.Subject) -> list[str]:
+    """The views of the slices that a run sees, none of patches."""
+    return [view for view in str(subject.run.config.get(VIEWS, "")).split(",") if view]

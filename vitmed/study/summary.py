@@ -33,6 +33,8 @@ def of_data_set(one: analysis.DataSet) -> list[str]:
                  for asked in series.of_ensembles if asked.metric == "balanced_accuracy"]  # fmt: skip
         said += [f"{asked.first.name} against {asked.second.name} of the plain recipe: {difference_text(asked)}."
                  for asked in series.against_plain if asked.metric == "balanced_accuracy"]  # fmt: skip
+    said += [f"{results.form_text(asked)}: {asked.first.name} against {asked.second.name}: {difference_text(asked)}."
+             for asked in one.of_forms if asked.metric == "balanced_accuracy"]  # fmt: skip
     if one.plain is None and len(one.series) > 1:
         said.append("no run has all the usual settings, so that no series is held against a plain one.")
     if one.synthetic:
