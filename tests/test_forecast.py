@@ -73,6 +73,7 @@ def test_as_little_is_computed_again_as_fits():
     assert chosen(16, device=CPU, train__batch_size="1", eval__batch_size="1") == "none"
     assert chosen(80, train__remat="blocks") == "blocks"
     assert chosen(1, train__remat="none") == "none"
+    assert [chosen(1, train__remat="attention", model__attention=form) for form in ("plain", "blockwise")] == ["attention", "none"]
     volume = planned("patch=1", file="vit3d", seeds="0")  # batch 8, float32
     small, large = (budget.memory(volume, GPU._replace(memory_bytes=size)).likely for size in (40 * 10**9, 80 * 10**9))
     assert small < 40 * 10**9 < large

@@ -63,7 +63,7 @@ def test_layers_far_from_the_classifier_move_and_decay_more_slowly():
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     gradients = [jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes) for _ in range(3)]
     how = {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
-    optimizer = optim.adamw(lambda count: jnp.float32(0.01), **how, layer_decay=0.5)
+    optimizer = optim.adamw(lambda count: jnp.float32(0.01), **how, layer_decay=0.5, depth=2)
     scales = dict.fromkeys(("patch_embed", "pos_embed", "cls_token", "registers"), 0.5**3) | {"block_00": 0.5**2, "block_01": 0.5}
     assert set(params) == {*scales, "norm", "head", "attn_pool"}
 
@@ -82,6 +82,14 @@ def test_layers_far_from_the_classifier_move_and_decay_more_slowly():
         expected = torch_adamw(leaf.astype(np.float64), of_step, [0.01 * scales.get(path[0].key, 1.0)] * 3)
         found = dict(jax.tree_util.tree_leaves_with_path(after))[path][0]
         np.testing.assert_allclose(found, expected, atol=1e-6, err_msg=str(path))
+
+
+def test_a_block_keeps_its_place_where_no_later_one_is_trained():
+    optimizer = optim.adamw(lambda count: 0.01, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8, layer_decay=0.5, depth=12)
+    params = {"lora": {"block_03": {"attn": {"q": {"b": jnp.ones(2)}}}}, "head": {"bias": jnp.ones(2)}}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.01, rtol=1e-5)  # Adam's first step is as long as the rate
+    np.testing.assert_allclose(updates["lora"]["block_03"]["attn"]["q"]["b"], -0.01 * 0.5**9, rtol=1e-5)
 
 
 # --- the average of parameters --------------------------------------------------------------------------------------------------

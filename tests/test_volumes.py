@@ -273,6 +273,11 @@ def one_slice(tmp_path):
     return tmp_path / "a.dcm"
 
 
+def flat(tmp_path):
+    own_files.write_nifti(tmp_path / "a.nii", np.zeros((6, 7, 1), np.int16))
+    return tmp_path / "a.nii"
+
+
 def several_shapes(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as file:
         file.write(np.zeros((4, 5), np.uint8))
@@ -311,6 +316,7 @@ def infinite(tmp_path):
         (lost, "004 is no DICOM file"),
         (dangling, "cannot be read .No such file"),
         (one_slice, "a single slice"),
+        (flat, "is a single slice, no volume; use configs/vit2d.py"),
         (several_shapes, "several shapes"),
         (picture, "configs/vit2d.py"),
         (infinite, "NaN"),

@@ -41,9 +41,11 @@ def remat(planned: planning.Experiment, device: machine.Device, *, images: int |
     Where none is, blocks; where the device does not tell its memory, none. `images` stands for the size of a micro-batch where given.
     """
     asked = planned.config.train.remat
+    keeps = planned.attention_form(device.platform) == "plain"
+    if asked == "attention" and not keeps:  # what keeps no weights has none to compute again
+        return "none"
     if asked != "auto":
         return asked
-    keeps = planned.attention_form(device.platform) == "plain"
     options = ("none", "attention", "blocks") if keeps else ("none", "blocks")
     if device.memory_bytes is None:
         return options[0]
@@ -150,7 +152,7 @@ def _scores(planned: planning.Experiment, device: machine.Device, images: int) -
     form = planned.attention_form(device.platform)
     if form == "plain":
         return images * heads * queries * num_keys
-    if form == "cudnn" or device.platform == "cpu":  # a CPU takes few heads' block of queries at a time
+    if form == "cudnn" or device.platform == "cpu":  # a CPU takes blocks of attention.CPU_HEADS heads at a time: megabytes
         return 0
     return images * heads * num_keys * min(queries, attention.block_size(batch_size=images, num_heads=heads, num_keys=num_keys))
 

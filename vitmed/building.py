@@ -85,6 +85,7 @@ def _recipe(planned: planning.Experiment, *, steps_per_epoch: int, labels: np.nd
             beta2=train.beta2,
             epsilon=train.epsilon,
             layer_decay=train.layer_decay,
+            depth=network.architecture.depth,
         ),
         augmentation=planned.augmentation,
         seeds=planned.seeds,

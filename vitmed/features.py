@@ -45,9 +45,9 @@ class Cached:
 
 
 def fixed(planned: planning.Experiment) -> bool:
-    """Whether features are the same in every epoch: a head alone is trained, images are as they are, no branch is dropped."""
+    """Whether features are the same in every epoch and enough: a head alone is trained, without masks, on images as they are."""
     config = planned.config
-    still = not planned.augmentation.acts and not config.train.mixup and not config.model.drop_path
+    still = not planned.augmentation.acts and not config.train.mixup and not config.train.mask_weight and not config.model.drop_path
     return planned.tuning.name == "head" and still and not planned.patch_sizes
 
 

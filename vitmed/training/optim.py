@@ -49,17 +49,17 @@ def schedule(
 
 
 def adamw(
-    schedule: Schedule, *, weight_decay: float, beta1: float, beta2: float, epsilon: float, layer_decay: float = 1.0
+    schedule: Schedule, *, weight_decay: float, beta1: float, beta2: float, epsilon: float, layer_decay: float = 1.0, depth: int = 0
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) with decay on every parameter, as torch.optim.AdamW does when given all of them.
 
-    With `layer_decay` below 1 the learning rate of a parameter is multiplied by its `layer_scale`, and so is its weight decay, which
-    AdamW multiplies by the learning rate: as timm's parameter groups do.
+    With `layer_decay` below 1 the learning rate of a parameter is multiplied by its `layer_scale` in a network of `depth` blocks, of which
+    not all need be trained, and so is its weight decay, which AdamW multiplies by the learning rate: as timm's parameter groups do.
     """
     optimizer = optax.adamw(schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
     if layer_decay == 1:
         return optimizer
-    return optax.chain(optimizer, optax.stateless(lambda updates, _: _scaled_by_layer(updates, layer_decay)))
+    return optax.chain(optimizer, optax.stateless(lambda updates, _: _scaled_by_layer(updates, depth=depth, layer_decay=layer_decay)))
 
 
 def layer_scale(names: tuple[str, ...], *, depth: int, layer_decay: float) -> float:
@@ -72,10 +72,11 @@ def layer_scale(names: tuple[str, ...], *, depth: int, layer_decay: float) -> fl
     return layer_decay ** (depth + 1 - layer)
 
 
-def _scaled_by_layer(updates: Any, layer_decay: float) -> Any:
-    """Updates of a tree of parameters, each times its layer's scale; the depth is the number of blocks, of which the last is in it."""
-    paths = [tuple(str(getattr(key, "key", key)) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-    depth = 1 + max((int(found.group(1)) for names in paths for name in names if (found := BLOCK.fullmatch(name))), default=-1)
-    scales = [layer_scale(names, depth=depth, layer_decay=layer_decay) for names in paths]
-    leaves, structure = jax.tree.flatten(updates)
-    return jax.tree.unflatten(structure, [scale * leaf for scale, leaf in zip(scales, leaves, strict=True)])
+def _scaled_by_layer(updates: Any, *, depth: int, layer_decay: float) -> Any:
+    """Updates of a tree of parameters, each times its layer's scale."""
+
+    def scaled(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        return layer_scale(names, depth=depth, layer_decay=layer_decay) * leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, updates)
