@@ -41,7 +41,7 @@ def test_gradients_of_plain_in_bfloat16_are_those_in_float32_as_far_as_it_tells_
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=0.02 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.parametrize("heads", [1, 4, None])  # of six
+@pytest.mark.parametrize("heads", [1, 4, 8, None])  # of six
 @pytest.mark.parametrize(("queries", "block"), [(50, 64), (50, 25), (50, 16), (50, 1), (1, 16)])  # one, even, uneven, rows, a pool's query
 def test_blockwise_is_plain_attention_forward_and_backward(queries, block, heads):
     arrays = qkv(queries=queries)
@@ -53,7 +53,7 @@ def test_blockwise_is_plain_attention_forward_and_backward(queries, block, heads
 def test_blockwise_in_bfloat16_is_as_exact_as_plain():
     arrays = qkv(dtype=jnp.bfloat16)
     exact = value_and_gradients(attention.plain, [part.astype(jnp.float32) for part in arrays])
-    for form in (attention.plain, functools.partial(attention.blockwise, block=16)):
+    for form in (attention.plain, *(functools.partial(attention.blockwise, block=16, heads=heads) for heads in (4, None))):
         found = value_and_gradients(form, arrays)
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
             assert ours.dtype == jnp.bfloat16
@@ -71,6 +71,18 @@ def test_the_memory_of_blockwise_grows_with_tokens_and_not_with_their_square(hea
     assert memory(blockwise, 8192) < 4.2 * memory(blockwise, 2048)
     assert memory(attention.plain, 8192) > 8 * memory(attention.plain, 2048)
     assert memory(blockwise, 8192) < memory(attention.plain, 8192) / 50
+
+
+def test_few_heads_at_a_time_take_less_memory():
+    def memory(heads):
+        shape = jax.ShapeDtypeStruct((4, 512, 8, 16), jnp.float32)
+        form = functools.partial(attention.blockwise, block=512, heads=heads)
+        gradient = jax.jit(jax.grad(lambda q, k, v: form(q, k, v).sum(), (0, 1, 2)))
+        return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 512 * 512 * 4  # bytes of one head
+    assert memory(None) > 32 * scores
+    assert memory(4) < 24 * scores
 
 
 @pytest.mark.parametrize(
