@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from vitmed import cli, config, cost, evaluate, experiment, main, models
 from vitmed.data import sources
-from vitmed.models import build, exported, resample, weights
+from vitmed.models import build, exported, resample, slices, weights
 from vitmed.runs import folder
 from vitmed.study import points
 from vitmed.training import loop
@@ -89,7 +89,8 @@ def test_every_point_of_every_sweep_can_run_and_is_a_run_of_its_own(name, file):
         # What a point is called is what it is.
         assert made.description.name == point.arguments["dataset"]
         edge = point.arguments.get("plane") or point.arguments.get("patch") or point.arguments["patches"].rpartition("+")[2]
-        assert config.patch_text(made.patch_size) == (f"1x{edge}x{edge}" if name in PLUGINS else edge)
+        of_plugins = {"28": "2x14x14", "14": "4x7x7"}[edge] if point.arguments.get("form") == "inflated" else f"1x{edge}x{edge}"
+        assert config.patch_text(made.patch_size) == (of_plugins if name in PLUGINS else edge)
         digests.add(folder.digest(made.config.to_dict()))
     assert len(digests) == len(todo)
 
@@ -115,6 +116,35 @@ def test_the_sweeps_vary_what_they_are_for():
     # Depth refined against the plane refined, at like numbers of tokens.
     assert (tokens["7x4x4"], tokens["2x7x7"], tokens["14x4x4"], tokens["1x14x14"]) == (196, 224, 98, 112)
     assert not any(point.arguments["inflation"] == "center" and point.arguments["patch"].startswith("1x") for point in todo)
+
+
+@pytest.mark.parametrize(
+    ("form", "views", "tokens"), [("patches", (), 29), ("inflated", (), 57), ("slices", ("axial",), 56), ("views", slices.VIEWS, 168)]
+)
+@pytest.mark.parametrize(
+    ("way", "tune", "rate"), [("linear", "head", 1e-3), ("attention", "head", 1e-3), ("lora", "lora", 1e-4), ("all", "all", 1e-5)]
+)
+def test_forms_and_ways_of_the_comparison_are_what_they_are_called(form, views, tokens, way, tune, rate, file):
+    spec = f"compare3d.py:dataset=phantom3d,plane=28,form={form},way={way}"
+    if views and way == "attention":
+        with pytest.raises(config.InputError, match="slices are pooled by a query"):
+            planned(spec, {"model.variant": "vit_micro", "model.pretrained": str(file)})
+        return
+    made = planned(spec, {"model.variant": "vit_micro", "model.pretrained": str(file)})
+    assert (made.views, made.num_tokens * made.num_slices, made.tuning.name) == (views, tokens, tune)
+    assert made.config.train.learning_rate == rate
+    assert (made.network.architecture.pooling == "attention") == (way == "attention")
+    lora = made.tuning.lora
+    assert (lora is not None) == (way == "lora")
+    assert lora is None or (lora.rank, lora.alpha, set(lora.targets)) == (8, 16.0, {"patch_embed", "qkv", "proj"})
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"), [("patch=7", "left out: plane and form say it"), ("form=inflated,plane=7", "28 or 14 with form=inflated")]
+)
+def test_a_comparison_that_is_none_is_refused(argument, words):
+    with pytest.raises(config.InputError, match=words):
+        planned(f"compare3d.py:dataset=phantom3d,{argument}")
 
 
 def test_the_token_control_has_the_tokens_of_its_partners():

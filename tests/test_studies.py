@@ -11,7 +11,7 @@ from scipy import stats
 
 from vitmed import config as config_lib
 from vitmed import metrics
-from vitmed.study import analysis, collection, comparisons, figures, results, series, subjects, summary
+from vitmed.study import analysis, collection, comparisons, figures, results, series, statistics, subjects, summary
 
 RESAMPLES = 200
 
@@ -281,30 +281,39 @@ def test_another_series_is_held_against_the_plain_one(tmp_path):
 
 
 def test_slices_are_held_against_patches_that_are_trained_alike(tmp_path):
-    for name, skill, fields in (
-        ("patches", 2.0, {}),
-        ("lora", 0.3, {"train__tune": "lora"}),
-        ("three", 3.0, {"train__tune": "lora", "model__views": "axial,coronal,sagittal"}),
-        ("slices", 2.0, {"train__tune": "lora", "model__views": "axial"}),
-        ("alone", 2.0, {"train__tune": "head", "model__views": "axial"}),
-        ("finer", 2.0, {"train__tune": "lora", "model__views": "axial", "model__patch_size": "1,7,7"}),
+    lora, one, three = {"train__tune": "lora"}, {"model__views": "axial"}, {"model__views": "axial,coronal,sagittal"}
+    for name, patch, skill, fields in (
+        ("plain", "1x14x14", 2.0, {}),
+        ("lora", "1x14x14", 0.3, lora),
+        ("slices", "1x14x14", 2.0, lora | one),
+        ("three", "1x14x14", 3.0, lora | three),
+        ("as many tokens", "4x7x7", 0.3, lora),  # 112 patches, as 1x14x14
+        ("other patches", "1x7x7", 0.3, lora),
+        ("plain slices", "1x14x14", 2.0, one),
+        ("head", "1x14x14", 2.0, {"train__tune": "head"} | one),
+        ("more patches", "1x28x28", 2.0, {}),
+        ("and more", "28", 2.0, {}),
+        ("and more of them", "7", 2.0, {}),
     ):
-        made_runs.write(tmp_path / name, dataset="fracturemnist3d", rank=3, patch="1x14x14", skill=skill, **fields)
-    (one,) = study(tmp_path).data_sets
-    asked = [each for each in one.of_forms if each.metric == "balanced_accuracy"]
-    assert [(each.first.run.path.name, each.second.run.path.name) for each in asked] == [
-        ("slices", "lora"),
-        ("three", "lora"),
-        ("three", "slices"),
-    ]
-    assert all(each.difference.low > 0 for each in asked[:2])
-    assert asked[0].adjusted >= asked[0].difference.p_value
-    rows = [row for row in results.differences(one).rows if "trained alike" in row[1].text and row[2].text == "balanced accuracy"]
-    assert [row[1].text for row in rows] == ["slices against patches, trained alike"] * 2 + ["other views, trained alike"]
-    said = [sentence for sentence in summary.of_data_set(one) if "trained alike" in sentence]
-    assert len(said) == 3
-    # Most runs see slices here, so that patches depart from what is usual.
-    assert said[0].startswith("Slices against patches, trained alike: patch 1x14x14 against patch 1x14x14, views none: balanced accuracy +")
+        made_runs.write(tmp_path / name, dataset="fracturemnist3d", rank=3, patch=patch, skill=skill, **fields)
+    (found,) = study(tmp_path).data_sets
+
+    def pairs(asked):
+        return {(one.first.run.path.name, one.second.run.path.name) for one in asked if one.metric == "balanced_accuracy"}
+
+    against_patches = {("slices", "lora"), ("slices", "as many tokens"), ("three", "lora"), ("three", "as many tokens")}
+    assert pairs(found.against_patches) == against_patches
+    assert pairs(found.other_views) == {("three", "slices")}
+    asked = [each for each in found.against_patches if each.metric == "balanced_accuracy"]
+    assert all(each.difference.low > 0 for each in asked)
+    assert [each.adjusted for each in asked] == pytest.approx(list(statistics.holm([each.difference.p_value for each in asked])))
+    rows = [(row[0].text, row[2].text) for row in results.differences(found).rows]
+    assert len({(frozenset(pair.split(" - ")), metric) for pair, metric in rows}) == len(rows)  # also not the other way round
+    assert ("plain slices", "plain") in pairs(each for one in found.series for each in one.against_plain)
+    said = [sentence for sentence in summary.of_data_set(found) if "rained alike" in sentence]
+    assert len(said) == 5
+    start = "Trained alike, patch 1x14x14, views axial, tune lora against patch 1x14x14, tune lora: balanced accuracy +"
+    assert sum(sentence.startswith(start) for sentence in said) == 1
 
 
 def test_the_learning_rate_is_chosen_on_validation_loss(tmp_path):

@@ -63,7 +63,8 @@ class DataSet:
     num_pixels: tuple[int, ...]  # of an image as it is stored, along each axis or along all
     num_images: int
     series: tuple[Series, ...]
-    of_forms: tuple[comparisons.Comparison, ...] = ()
+    against_patches: tuple[comparisons.Comparison, ...]  # slices, trained alike
+    other_views: tuple[comparisons.Comparison, ...]
 
     @property
     def plain(self) -> Series | None:
@@ -153,8 +154,9 @@ def _data_set(runs: Sequence[collection.Run], ensembles: Sequence[Sequence[str]]
     series = tuple(_series(name, group, plain, ensembles, resampler) for name, group in groups.items())
     first = runs[0]
     size = first.config["data.size"]
-    of_forms = tuple(comparisons.forms(members, resampler))
-    return DataSet(first.dataset, first.result["dataset"], first.task, first.rank, size, len(first.labels), series, of_forms)
+    known = [asked for one in series for asked in one.against_plain]
+    of_views = (tuple(found) for found in comparisons.other_views(members, resampler, known=known))
+    return DataSet(first.dataset, first.result["dataset"], first.task, first.rank, size, len(first.labels), series, *of_views)
 
 
 def _series(

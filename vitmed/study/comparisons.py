@@ -139,17 +139,29 @@ def counterparts(plain: Sequence[subjects.Subject], other: Sequence[subjects.Sub
     return corrected([one for subject, same in different for one in resampler.compare(subject, same)])
 
 
-def forms(members: Sequence[subjects.Subject], resampler: Resampler) -> list[Comparison]:
-    """Runs that differ in `model.views` alone, two by two: slices against patches, several views against one."""
+def other_views(
+    members: Sequence[subjects.Subject], resampler: Resampler, *, known: Sequence[Comparison] = ()
+) -> tuple[list[Comparison], list[Comparison]]:
+    """(slices against patches, several views against other ones): runs that differ in `model.views`, two by two, but for pairs `known`.
+
+    They have the patch size in common, or the number of tokens within a tenth: slices have a CLS token each, patches one for all.
+    """
     alike: dict[tuple, list[subjects.Subject]] = {}
     for member in members:
         rest = tuple(departure for departure in member.run.departures if departure[0] != VIEWS)
-        alike.setdefault((member.patch, rest), []).append(member)
-    pairs = []
+        alike.setdefault(rest, []).append(member)
+    there = [{id(one.first), id(one.second)} for one in known]
+    of_patches, of_views = [], []
     for group in alike.values():
-        by_views = sorted(group, key=lambda member: len(views_of(member)))
-        pairs += [(second, first) for first, second in itertools.combinations(by_views, 2)]
-    return corrected([one for pair in pairs for one in resampler.compare(*pair)])
+        for second, first in itertools.combinations(sorted(group, key=lambda member: len(views_of(member))), 2):
+            if views_of(first) != views_of(second) and _comparable(first, second) and {id(first), id(second)} not in there:
+                (of_views if views_of(second) else of_patches).extend(resampler.compare(first, second))
+    return corrected(of_patches), corrected(of_views)
+
+
+def _comparable(first: subjects.Subject, second: subjects.Subject) -> bool:
+    few, many = sorted(one.run.result["num_tokens"] for one in (first, second))
+    return first.patch == second.patch or many <= 1.1 * few
 
 
 def views_of(subject: subjects.Subject) -> list[str]:

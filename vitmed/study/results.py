@@ -138,17 +138,13 @@ def _mean_cell(values: Sequence[float | None]) -> tuple[str, float | None]:
     return ("-", None) if mean is None else (f"{mean:.3f}", mean)
 
 
-def form_text(one: comparisons.Comparison) -> str:
-    """What two runs that differ in their views alone are to each other."""
-    return "other views, trained alike" if comparisons.views_of(one.second) else "slices against patches, trained alike"
-
-
 def differences(data_set: analysis.DataSet) -> Table:
     """The paper's contrast, ensembles against their best member, other series against the plain one, and slices against patches."""
     asked = [(one, "the paper's contrast") for series in data_set.series for one in series.contrast.comparisons]
     asked += [(one, "ensemble against its best member on validation") for series in data_set.series for one in series.of_ensembles]
     asked += [(one, "against the plain recipe") for series in data_set.series for one in series.against_plain]
-    asked += [(one, form_text(one)) for one in data_set.of_forms]
+    asked += [(one, "slices against patches, trained alike") for one in data_set.against_patches]
+    asked += [(one, "other views, trained alike") for one in data_set.other_views]
     rows = tuple(
         (
             Cell(f"{one.first.name} - {one.second.name}"),

@@ -24,7 +24,7 @@ def difference_text(one: comparisons.Comparison) -> str:
 
 
 def of_data_set(one: analysis.DataSet) -> list[str]:
-    """Sentences about a data set: its plain series, the paper's contrast, corrected gains, ensembles, and other series."""
+    """Sentences about a data set: its plain series, the paper's contrast, corrected gains, ensembles, other series, slices and patches."""
     said = []
     for series in one.series:
         said += [f"{series.name[:1].upper()}{series.name[1:]}:"] if series.name else []
@@ -33,8 +33,8 @@ def of_data_set(one: analysis.DataSet) -> list[str]:
                  for asked in series.of_ensembles if asked.metric == "balanced_accuracy"]  # fmt: skip
         said += [f"{asked.first.name} against {asked.second.name} of the plain recipe: {difference_text(asked)}."
                  for asked in series.against_plain if asked.metric == "balanced_accuracy"]  # fmt: skip
-    said += [f"{results.form_text(asked)}: {asked.first.name} against {asked.second.name}: {difference_text(asked)}."
-             for asked in one.of_forms if asked.metric == "balanced_accuracy"]  # fmt: skip
+    said += [f"trained alike, {asked.first.name} against {asked.second.name}: {difference_text(asked)}."
+             for asked in one.against_patches + one.other_views if asked.metric == "balanced_accuracy"]  # fmt: skip
     if one.plain is None and len(one.series) > 1:
         said.append("no run has all the usual settings, so that no series is held against a plain one.")
     if one.synthetic:
