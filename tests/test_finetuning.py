@@ -95,6 +95,16 @@ def test_only_the_plugin_is_trained_and_all_of_it(way, file, examples):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, recipe.base))
 
 
+@pytest.mark.parametrize(("way", "views"), [("last", "axial"), ("adaptformer", "axial"), ("head", "axial"), ("attention", "")])
+def test_so_it_is_with_volumes_and_with_their_slices(way, views, file):
+    plan, recipe, state = begun(file, way, spec=VIT3D, dataset="phantom3d", patch="1x28x28", **{"model.views": views})
+    before = traverse_util.flatten_dict(state.params)
+    assert sum(math.prod(leaf.shape[1:]) for leaf in before.values()) == plan.num_trained_params
+    split = sources.load("phantom3d", size=28).splits["train"]
+    after = traverse_util.flatten_dict(stepped(recipe, state, split.images[:8], split.labels[:8]).params)
+    assert not [path for path in before if np.array_equal(before[path], after[path])]
+
+
 @pytest.mark.parametrize("way", ["lora", "adaptformer"])
 @pytest.mark.parametrize(("spec", "dataset"), [(VIT2D, "phantom2d"), (VIT3D, "phantom3d")])
 def test_before_the_first_step_the_network_is_its_base(way, spec, dataset, file):
@@ -231,6 +241,7 @@ def test_a_plugin_is_evaluated_elsewhere_with_its_base_and_with_no_other(plugins
         digest = json.loads((plugins / "lora" / "model.json").read_text())["base"]
         assert "\n" not in line
         assert f"stands on a base of {digest[:16]}" in line
+        assert models.weights.digest(models.weights.describe(str(elsewhere), num_heads=3))[:16] in line
         assert str(elsewhere) in line
     assert not (tmp_path / "p.csv").exists()
 
@@ -266,8 +277,8 @@ def test_a_plugin_is_given_away_joined_with_its_base(plugins, tmp_path, capsys):
     np.testing.assert_allclose(jax.nn.softmax(model.apply({"params": params}, values)), stored.probabilities[1], atol=1e-4)
 
 
-def test_plugins_of_one_base_share_its_arrays_whatever_their_patches_and_tasks(file, tmp_path, capsys):
-    """Trained by one command in one process, and used together: each its own task."""
+def test_plugins_of_one_base_share_its_arrays_whatever_their_patches(file, tmp_path, capsys, monkeypatch):
+    """Trained by one command in one process, and used together: each its own."""
     config_file = tmp_path / "two.py"
     config_file.write_text(
         f"""from vitmed import config
@@ -280,11 +291,14 @@ def sweep():
     return [dict(dataset="phantom2d", patch="14"), dict(dataset="phantom2d", patch="28")]
 """
     )
+    trained, recipe = [], experiment.recipe
+    monkeypatch.setattr(experiment, "recipe", lambda *given, base, **how: trained.append(base) or recipe(*given, base=base, **how))
     assert call(main, f"--config={config_file}", "--sweep", "--together", f"--workdir={tmp_path / 'runs'}") == 0
+    assert len(trained) == 2
     paths = [tmp_path / "runs" / f"phantom2d-patch{patch}" for patch in (14, 28)]
     bases = [inference.open_run(path).recipe.base for path in paths]
-    pointers = [[leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(base["block_01"])] for base in bases]
-    assert pointers[0] == pointers[1]
+    pointers = [[leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(base["block_01"])] for base in (*trained[:2], *bases)]
+    assert pointers == pointers[:1] * 4
     assert bases[0]["pos_embed"].shape != bases[1]["pos_embed"].shape
     images = sources.load("phantom2d", size=28).splits["test"].images[:3]
     (tmp_path / "scans").mkdir()

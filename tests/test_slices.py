@@ -16,7 +16,7 @@ import safetensors.numpy
 from test_explain import contrast
 from test_pretrained_runs import ROOT, VIT2D, VIT3D, tensors_of_a_micro_model
 
-from vitmed import cli, config, evaluate, experiment, export, inference, main, planning, predict
+from vitmed import cli, config, evaluate, experiment, export, features, inference, main, planning, predict
 from vitmed import start as starts
 from vitmed.data import sources
 from vitmed.models import adapters, build, explain, pixels, slices
@@ -355,6 +355,25 @@ def run(file, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.parametrize(("views", "weight", "expected"), [(1, 0, 304_227), (3, 0, 910_755), (3, 1, 951_556)])
+def test_so_many_parameters_of_vit_s_are_trained(views, weight, expected):
+    spec = f"{ANYMC3D}:dataset=fracturemnist3d,patch=14,variant=vit_s,views={'+'.join(slices.VIEWS[:views])}"
+    assert planning.plan(config.load(spec, {"train.mask_weight": str(weight)}), look=False).num_trained_params == expected
+
+
+@pytest.mark.parametrize("weight", [0, pytest.param(1, marks=pytest.mark.slow)])  # with masks half a minute to compile
+def test_a_head_is_trained_on_features_of_slices_and_beside_masks_on_slices(weight, file, tmp_path):
+    """Without augmentation: features are computed once, unless the decoder needs all tokens."""
+    spec = f"{ROOT}/configs/compare3d.py:dataset=phantom3d,plane=28,form=slices,way=linear,variant=vit_micro,pretrained={file}"
+    fields = {"augment.flip_h": "0", "augment.flip_w": "0", "augment.quarter_turns": "false", "train.mask_weight": str(weight)}
+    assert features.fixed(planning.plan(config.load(spec, fields))) == (weight == 0)
+    flags = [*(f"--config.{name}={value}" for name, value in fields.items()), *SMALL, f"--workdir={tmp_path / 'run'}"]
+    assert call(main, f"--config={spec}", *flags) == 0
+    assert call(evaluate, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out.json'}") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text())["test"]["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
+
+
 def test_a_run_counts_what_it_is_and_is_evaluated_and_given_away(run, tmp_path, capsys):
     result = json.loads((run / "result.json").read_text())
     width, rank = 48, 8
@@ -458,6 +477,11 @@ def test_one_slice_is_no_volume_and_a_set_without_masks_has_none(file, tmp_path,
     flags = [f"--config.data.cache={tmp_path / 'cache'}", *SMALL, "--config.train.mask_weight=1", f"--workdir={tmp_path / 'run'}"]
     assert call(main, f"--config={spec}", *flags) == 2
     assert "has no masks of lesions; take 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    nibabel.save(nibabel.Nifti1Image(numbers[0][..., None], np.eye(4)), scans / "class0" / "0.nii.gz")
+    assert call(main, f"--config={spec}", *flags[:-2], f"--workdir={tmp_path / 'run'}") == 2
+    line = capsys.readouterr().err.strip()
+    assert "0.nii.gz: [28, 28, 1] is a single slice, no volume; use configs/vit2d.py, or give all slices" in line.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 
