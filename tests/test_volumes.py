@@ -33,10 +33,10 @@ def test_nifti_comes_in_ras_whatever_its_orientation(tmp_path, orientation, suff
 
 
 def test_a_scaled_nifti_comes_in_its_own_units(tmp_path):
-    file = nibabel.Nifti1Image(np.array([[[0, 10]]], np.int16), np.eye(4))
+    file = nibabel.Nifti1Image(np.tile(np.array([0, 10], np.int16), (2, 2, 1)), np.eye(4))
     file.header.set_slope_inter(2.0, -1000.0)
     nibabel.save(file, tmp_path / "a.nii")
-    assert read(tmp_path / "a.nii").values.ravel().tolist() == [-1000.0, -980.0]
+    assert sorted(read(tmp_path / "a.nii").values.ravel().tolist()) == [-1000.0] * 4 + [-980.0] * 4
 
 
 @pytest.mark.parametrize("order", [None, [4, 2, 0, 3, 1]])
