@@ -8,7 +8,7 @@ Arguments: those of vit3d.py but patch, and
     form    patches (those of all slices as one sequence, kernels as in 2D since they are one deep, positions copied to every depth),
             inflated (patches several slices deep, kernels inflated, about as many tokens as slices have: 2x14x14 for a plane of 28, 4x7x7
             for 14), slices (a sequence for each slice, pooled by a learned query), views (slices along all three axes)
-    way     what is trained: linear (the classifier, of a frozen network), attention (and an attention pool; patches alone: slices have
+    way     what is trained: linear (the classifier, of a frozen network), attention (and an attention pool; not of slices, which have
             their query), lora (and LoRA: with slices or views it is AnyMC3D), all
     rate    the learning rate; 0: the study's where all is trained, 1e-4 for LoRA (see anymc3d.py), 1e-3 for a head alone
 Patches attend to all others, slices only to their own. Each slice has a CLS token of its own: of volumes of 28 x 28 x 28, patches of a

@@ -55,6 +55,9 @@ def write(
     run.write_metrics([{"epoch": epoch, "train_loss": each, "val": {"loss": each}} for epoch, each in enumerate(losses, start=1)])
     patch_size = config_lib.per_axis("patch", config.model.patch_size, rank)
     image_size = (28,) * rank
+    num_tokens = cost.num_tokens(image_size, patch_size)
+    if views := [view for view in config.model.views.split(",") if view]:
+        num_tokens = 28 * len(views) * cost.num_tokens(image_size[1:], patch_size[1:])
     run.write_result(
         {
             "schema_version": 1,
@@ -68,10 +71,10 @@ def write(
             "normalisation": {"mean": [0.5], "std": [0.5]},
             "seeds": list(seeds),
             "failed_seeds": list(failed),
-            "num_tokens": cost.num_tokens(image_size, patch_size),
+            "num_tokens": num_tokens,
             "num_params": 1000,
             "num_trainable_params": 1000,
-            "gmacs_forward": 0.01 * cost.num_tokens(image_size, patch_size),
+            "gmacs_forward": 0.01 * num_tokens,
             "test": scored,
             "val": scored,
             "best_epoch": [epochs] * len(seeds),

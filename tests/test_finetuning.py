@@ -101,8 +101,10 @@ def test_so_it_is_with_volumes_and_with_their_slices(way, views, file):
     before = traverse_util.flatten_dict(state.params)
     assert sum(math.prod(leaf.shape[1:]) for leaf in before.values()) == plan.num_trained_params
     split = sources.load("phantom3d", size=28).splits["train"]
+    base = jax.tree.map(np.asarray, recipe.base)
     after = traverse_util.flatten_dict(stepped(recipe, state, split.images[:8], split.labels[:8]).params)
     assert not [path for path in before if np.array_equal(before[path], after[path])]
+    jax.tree.map(np.testing.assert_array_equal, base, jax.tree.map(np.asarray, recipe.base))
 
 
 @pytest.mark.parametrize("way", ["lora", "adaptformer"])
@@ -373,6 +375,13 @@ def test_features_that_change_are_not_kept(way, field, value, file):
     still = {f"augment.{name}": value for name, value in STILL.items()}
     assert features.fixed(planned(file, "head", **still))
     assert not features.fixed(planned(file, way, **(still | {field: value})))
+
+
+def test_masks_need_more_than_features(file):
+    still = {"augment.flip_h": "0", "augment.flip_w": "0", "augment.quarter_turns": "false", "model.views": "axial"}
+    how = {"spec": VIT3D, "dataset": "phantom3d", "patch": "1x28x28"}
+    assert features.fixed(planned(file, "head", **how, **still))
+    assert not features.fixed(planned(file, "head", **how, **still | {"train.mask_weight": "1"}))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def train(mesh):
 
 def with_options(recipe):
     """The recipe with everything on that acts within a step."""
-    how = {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "layer_decay": 0.7}
+    how = {"weight_decay": 0.05, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "layer_decay": 0.7, "depth": SIZES.depth}
     objective = tasks.objective(recipe.task, num_classes=3, label_smoothing=0.1, focal_gamma=1.0, class_weights=(1.0, 2.0, 0.5))
     optimizer = optim.adamw(lambda step: jnp.float32(1e-3), **how)
     return dataclasses.replace(recipe, optimizer=optimizer, objective=objective, mixup=0.4, ema_decay=0.9)

@@ -274,7 +274,12 @@ def one_slice(tmp_path):
 
 
 def flat(tmp_path):
-    own_files.write_nifti(tmp_path / "a.nii", np.zeros((6, 7, 1), np.int16))
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 7, 1), np.int16), np.eye(4)), tmp_path / "a.nii")
+    return tmp_path / "a.nii"
+
+
+def flat_from_the_side(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((1, 6, 7), np.int16), np.eye(4)), tmp_path / "a.nii")
     return tmp_path / "a.nii"
 
 
@@ -316,7 +321,8 @@ def infinite(tmp_path):
         (lost, "004 is no DICOM file"),
         (dangling, "cannot be read .No such file"),
         (one_slice, "a single slice"),
-        (flat, "is a single slice, no volume; use configs/vit2d.py"),
+        (flat, "is a single slice, no volume; give all slices, or use configs/vit2d.py$"),
+        (flat_from_the_side, "is a single slice, no volume; give all slices$"),  # no picture either: only a last axis of one is left out
         (several_shapes, "several shapes"),
         (picture, "configs/vit2d.py"),
         (infinite, "NaN"),

@@ -81,7 +81,9 @@ def require_rank(path: pathlib.Path, size: tuple[int, ...], rank: int) -> None:
         use = {2: "use configs/vit2d.py", 3: "use configs/vit3d.py"}.get(len(size), "take one volume out of it")
         raise Unreadable(f"{path}: {list(size)} is {what}, this config is for {rank}D data; {use}")
     if rank == 3 and min(size) == 1:
-        raise Unreadable(f"{path}: {list(size)} is a single slice, no volume; use configs/vit2d.py, or give all slices")
+        raise Unreadable(
+            f"{path}: {list(size)} is a single slice, no volume; give all slices{', or use configs/vit2d.py' * (size[-1] == 1)}"
+        )
 
 
 def required(name: str) -> ModuleType:

@@ -20,7 +20,7 @@ FORMS = ("auto", "plain", "blockwise", "cudnn")
 SCORES, BLOCKS = 2**28, (64, 512)
 # On a CPU as many as make this many scores of a head (2.5 MB), but no fewer than SMALLEST_BLOCK.
 CPU_SCORES, SMALLEST_BLOCK = 640_000, 128
-# Heads at a time on a CPU: one alone takes 8 to 14 % longer on two cores; more are no faster, and take memory.
+# Heads at a time on a CPU: one alone takes 8 % longer on two cores; more are no faster, and take memory.
 CPU_HEADS = 4
 # From this many tokens on `blockwise` is taken: on a CPU because it is faster there, elsewhere because the weights of a batch of 64 with
 # 6 heads would be 6 GB in float32.
@@ -70,7 +70,8 @@ def block_size(*, batch_size: int, num_heads: int, num_keys: int) -> int:
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int | None = None, heads: int | None = None) -> jax.Array:
     """[B, N, H, d] -> [B, N, H, d], at most `block` queries at a time and each block again in the backward pass: memory grows with N.
 
-    `heads` of all images are computed at a time, as few as suit a CPU's caches; with None all are one batch, which fills an accelerator.
+    `heads` of all images are computed at a time, so that memory does not grow with the batch; with None all are one batch, which fills an
+    accelerator.
     No `block` is `block_size`.
     """
     B, N, H, d = q.shape

@@ -144,7 +144,7 @@ def other_views(
 ) -> tuple[list[Comparison], list[Comparison]]:
     """(slices against patches, several views against other ones): runs that differ in `model.views`, two by two, but for pairs `known`.
 
-    They have the patch size in common, or the number of tokens within a tenth: slices have a CLS token each, patches one for all.
+    They have the patch size in common; slices and patches may instead have about as many tokens, up to a quarter more of either.
     """
     alike: dict[tuple, list[subjects.Subject]] = {}
     for member in members:
@@ -161,7 +161,8 @@ def other_views(
 
 def _comparable(first: subjects.Subject, second: subjects.Subject) -> bool:
     few, many = sorted(one.run.result["num_tokens"] for one in (first, second))
-    return first.patch == second.patch or many <= 1.1 * few
+    about_as_many = many <= 1.25 * few and not (views_of(first) and views_of(second))
+    return first.patch == second.patch or about_as_many
 
 
 def views_of(subject: subjects.Subject) -> list[str]:

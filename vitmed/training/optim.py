@@ -49,7 +49,14 @@ def schedule(
 
 
 def adamw(
-    schedule: Schedule, *, weight_decay: float, beta1: float, beta2: float, epsilon: float, layer_decay: float = 1.0, depth: int = 0
+    schedule: Schedule,
+    *,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    layer_decay: float = 1.0,
+    depth: int | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) with decay on every parameter, as torch.optim.AdamW does when given all of them.
 
@@ -59,6 +66,8 @@ def adamw(
     optimizer = optax.adamw(schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
     if layer_decay == 1:
         return optimizer
+    if depth is None:
+        raise ValueError(f"layer_decay={layer_decay} goes by the network's depth; give depth")
     return optax.chain(optimizer, optax.stateless(lambda updates, _: _scaled_by_layer(updates, depth=depth, layer_decay=layer_decay)))
 
 
