@@ -188,6 +188,16 @@ def test_names_that_would_be_the_same_are_written_in_full(tmp_path):
     assert [run.series for run in runs[1:]] == ["model.pretrained 'one/weights.npz'", "model.pretrained 'other/weights.npz'"]
 
 
+def test_the_recipe_itself_is_the_plain_one_however_many_others_there_are(tmp_path):
+    made_runs.write(tmp_path / "recipe", patch="7")
+    for patch in ("28", "14", "7"):
+        made_runs.write(tmp_path / f"head{patch}", patch=patch, train__tune="head", train__learning_rate=1e-3)
+    (one,) = study(tmp_path).data_sets
+    assert [run.subject.run.path.name for run in one.plain.runs] == ["recipe"]
+    assert one.series[1].name == "learning rate 0.001, tune head"
+    assert {each.second.run.path.name for each in one.series[1].against_plain} == {"recipe"}
+
+
 def test_where_no_run_is_plain_nothing_is_held_against_one(tmp_path):
     for field, value in (("model__pooling", "mean"), ("train__learning_rate", 3e-5), ("train__batch_size", 16)):
         made_runs.write(tmp_path / field, patch="28", **{field: value})

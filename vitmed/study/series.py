@@ -1,7 +1,8 @@
 """Runs of one data set that differ in more than patch size and seeds form several series, named by the settings in which they depart.
 
-The usual value of a setting is that of most runs; where several are equally frequent, the recipe's own (configs/vit2d.py, vit3d.py), else
-the first in their order. The plain series departs in nothing. There may be none: then nothing is called plain.
+The usual values of what differs are the recipe's own (configs/vit2d.py, vit3d.py) where some run has them all, however many others there
+are; else that of most runs for each setting, the recipe's own or else the first in their order where several are equally frequent. The
+plain series departs in nothing. There may be none: then nothing is called plain.
 """
 
 import collections
@@ -52,6 +53,9 @@ def _departures(members: Sequence[collection.Run]) -> list[Departures]:
     # What a network of several patch sizes does at each of them is one run all the same.
     weights = [1 / len(one["model.patch_sizes"].split(",")) for one in settings]
     usual = {name: _usual([one.get(name) for one in settings], weights, defaults.get(name)) for name in fields}
+    own = {name: defaults.get(name) for name in fields if any(one.get(name) != settings[0].get(name) for one in settings)}
+    if any(own.items() <= one.items() for one in settings):
+        usual |= own
     return [tuple((name, one.get(name)) for name in fields if one.get(name) != usual[name]) for one in settings]
 
 
