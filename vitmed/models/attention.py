@@ -70,9 +70,8 @@ def block_size(*, batch_size: int, num_heads: int, num_keys: int) -> int:
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, block: int | None = None, heads: int | None = None) -> jax.Array:
     """[B, N, H, d] -> [B, N, H, d], at most `block` queries at a time and each block again in the backward pass: memory grows with N.
 
-    `heads` of all images are computed at a time, so that memory does not grow with the batch; with None all are one batch, which fills an
-    accelerator.
-    No `block` is `block_size`.
+    `heads` of all images are computed at a time, so that the scores' memory does not grow with the batch; with None all are one batch,
+    which fills an accelerator. No `block` is `block_size`.
     """
     B, N, H, d = q.shape
     block = block or block_size(batch_size=B, num_heads=H, num_keys=k.shape[1])

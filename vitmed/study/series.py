@@ -53,9 +53,10 @@ def _departures(members: Sequence[collection.Run]) -> list[Departures]:
     # What a network of several patch sizes does at each of them is one run all the same.
     weights = [1 / len(one["model.patch_sizes"].split(",")) for one in settings]
     usual = {name: _usual([one.get(name) for one in settings], weights, defaults.get(name)) for name in fields}
-    own = {name: defaults.get(name) for name in fields if any(one.get(name) != settings[0].get(name) for one in settings)}
-    if any(own.items() <= one.items() for one in settings):
-        usual |= own
+    differing = [name for name in fields if any(one.get(name) != settings[0].get(name) for one in settings)]
+    recipes = {name: defaults.get(name) for name in differing}
+    if any(recipes.items() <= one.items() for one in settings):
+        usual |= recipes
     return [tuple((name, one.get(name)) for name in fields if one.get(name) != usual[name]) for one in settings]
 
 
