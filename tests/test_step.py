@@ -51,8 +51,8 @@ def start(*, noisy=False, **more):
 
 
 @functools.cache
-def chunk(*, mapped, augmentation=OFF, micro=None, **more):
-    how = {"optimizer": optimizer_of(**more), "augmentation": augmentation, "micro_batch_size": micro}
+def chunk(*, mapped, augmentation=OFF, micro=None, branches=1, **more):
+    how = {"optimizer": optimizer_of(**more), "augmentation": augmentation, "micro_batch_size": micro, "branches": branches}
     train_step = functools.partial(step.train_step, apply=apply, prepare=prepare, task=TASK, **how)
     return jax.jit(step.make_chunk(train_step, mapped=mapped))
 
@@ -169,23 +169,24 @@ def test_a_chunk_makes_as_many_steps_as_it_is_told(mapped):
 
 
 @both
-@pytest.mark.parametrize("micro", [1, 2, 4])
-def test_a_batch_in_parts_makes_the_step_of_the_whole(mapped, micro):
+@pytest.mark.parametrize(("micro", "branches"), [(1, 1), (2, 1), (4, 1), (2, 2), (None, 2)])
+def test_a_batch_in_parts_makes_the_step_of_the_whole(mapped, micro, branches):
     batches = batches_of()
     batches["mask"][:, 2, 1:] = False  # an epoch's last batch: some parts hold nothing but fillers
     state, _ = start()
     whole, losses = chunk(mapped=mapped, augmentation=RANDOM)(state, SEEDS, batches, K, {})
-    parts, parts_losses = chunk(mapped=mapped, augmentation=RANDOM, micro=micro)(state, SEEDS, batches, K, {})
+    parts, parts_losses = chunk(mapped=mapped, augmentation=RANDOM, micro=micro, branches=branches)(state, SEEDS, batches, K, {})
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts, whole)
 
 
-def test_every_part_of_a_batch_drops_paths_of_its_own():
+@pytest.mark.parametrize("how", [{"micro": 1}, {"branches": 2}], ids=str)
+def test_every_part_of_a_batch_drops_paths_of_its_own(how):
     alike = jax.tree.map(lambda array: np.broadcast_to(array[:, :, :1], array.shape).copy(), batches_of())
     one = alike | {"mask": np.arange(B) == np.zeros((R, K, 1))}
     state, _ = start(noisy=True)
-    _, losses = chunk(mapped=True, micro=1)(state, SEEDS, alike, 1, {})
-    _, of_one = chunk(mapped=True, micro=1)(state, SEEDS, one, 1, {})
+    _, losses = chunk(mapped=True, **how)(state, SEEDS, alike, 1, {})
+    _, of_one = chunk(mapped=True, **how)(state, SEEDS, one, 1, {})
     assert np.all(np.abs(losses - of_one)[:, 0] > 1e-4)
 
 

@@ -93,6 +93,7 @@ def _recipe(planned: planning.Experiment, *, steps_per_epoch: int, labels: np.nd
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=device.platform == "cpu",
         micro_batch_size=budget.micro_batch_size(planned, device),
+        branches=budget.branches(planned, device),
         objective=objective(planned, labels),
         mixup=train.mixup,
         mask_weight=train.mask_weight,

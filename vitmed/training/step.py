@@ -76,6 +76,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     augmentation: augment.Augmentation,
     micro_batch_size: int | None = None,
+    branches: int = 1,
     objective: tasks.Objective | None = None,
     mixup: float = 0.0,
     mask_weight: float = 0.0,
@@ -85,7 +86,8 @@ def train_step(
 
     `apply` takes the parameters of `base`, which stay as they are, and of the state together; without a frozen base there are none.
     `micro_batch_size` images (a divisor of B; None: all) go through the model at a time, and their gradients are summed: less memory, and
-    where caches are small less time, for the same step. `objective` is what is minimised, None for the mean of the task's own loss; with
+    where caches are small less time, for the same step. They do so in `branches` (a divisor of them) that have nothing but parameters in
+    common, which cores of a CPU compute side by side. `objective` is what is minimised, None for the mean of the task's own loss; with
     `mixup` (`augment.mix`'s alpha) its targets must be numbers. With a `mask_weight` the batch has lesions [B, *S], which `apply` also
     finds, and so many times the mean of `pixels.loss` over the images that have some is added. The average of an AveragedState becomes
     `ema_decay` times itself and the rest of the new parameters.
@@ -117,7 +119,7 @@ def train_step(
         of_pixels = tasks.masked_mean(pixels.loss(found, part["lesions"]), part["mask"], drawn)
         return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total) + mask_weight * of_pixels
 
-    loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size)
+    loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size, branches=branches)
     alive = state.failed_at == ALIVE
     good = alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
 
@@ -138,18 +140,32 @@ def train_step(
 
 
 def _accumulate(
-    loss_and_gradient: Callable[..., tuple[jax.Array, Any]], params: Any, batch: dict[str, jax.Array], key: jax.Array, *, size: int | None
+    loss_and_gradient: Callable[..., tuple[jax.Array, Any]],
+    params: Any,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    *,
+    size: int | None,
+    branches: int,
 ) -> tuple[jax.Array, Any]:
-    """The sums over micro-batches of a function of (params, micro-batch, key), each with a key of its own."""
+    """The sums over micro-batches, and in each over branches, of a function of (params, images, key), each with a key of its own."""
     batch_size = len(batch["mask"])
     parts = batch_size // (size or batch_size)
+
+    def of_part(part: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
+        if branches == 1:
+            return loss_and_gradient(params, part, key)
+        own = [jax.tree.map(lambda array, index=index: array[index::branches], part) for index in range(branches)]
+        first, *others = map(functools.partial(loss_and_gradient, params), own, jax.random.split(key, branches))
+        return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), first, *others)
+
     if parts == 1:
-        return loss_and_gradient(params, batch, key)
+        return of_part(batch, key)
     # Part i takes every parts-th example from i on: where devices share a batch, each then has its share of every part.
     split = jax.tree.map(lambda array: jnp.moveaxis(array.reshape(-1, parts, *array.shape[1:]), 1, 0), batch)
 
     def add(sums: tuple[jax.Array, Any], part: tuple[dict[str, jax.Array], jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
-        return jax.tree.map(jnp.add, sums, loss_and_gradient(params, *part)), None
+        return jax.tree.map(jnp.add, sums, of_part(*part)), None
 
     nothing = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, nothing, (split, jax.random.split(key, parts)))[0]
