@@ -205,8 +205,21 @@ def test_the_written_derivative_of_gelu_is_that_of_the_plain_formula():
     x = jnp.linspace(-9, 9, 1001)
     plain = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
     np.testing.assert_allclose(jax.vmap(jax.grad(layers.gelu))(x), plain, atol=2e-7)
-    curvature = jax.vmap(jax.grad(jax.grad(layers.gelu)))(x)  # derivatives of any order and either mode can be taken
+    curvature = jax.vmap(jax.grad(jax.grad(layers.gelu)))(x)  # derivatives of any order can be taken
     np.testing.assert_allclose(curvature, (2 - x**2) * jnp.exp(-(x**2) / 2) / np.sqrt(2 * np.pi), atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 9), (5, 7, 32, 2)], ids=["x is the smaller", "its gradient is"])
+def test_the_written_derivative_of_a_product_is_that_of_the_plain_one(sizes):
+    *rows, width, features = sizes
+    rng = np.random.default_rng(0)
+    x, kernel, wanted = (rng.normal(size=size).astype(np.float32) for size in ((*rows, width), (width, features), (*rows, features)))
+
+    def gradients(of):
+        return jax.grad(lambda x, kernel: (of(x, kernel) * wanted).sum(), argnums=(0, 1))(x, kernel)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), gradients(layers.product), gradients(jnp.matmul))
+    np.testing.assert_allclose(layers.product(x, kernel), x @ kernel, rtol=1e-5, atol=1e-5)
 
 
 def test_gelu_is_the_exact_one():

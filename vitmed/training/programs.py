@@ -20,7 +20,7 @@ from vitmed.training import augment, sharding, step, tasks
 
 # Tokens that go through the model at a time on a CPU, so that caches hold a block's activations: of 400 to 1,600 the fastest for ViT-Ti;
 # and in each of two branches, where a step has so many that branches pay for the time that they take to compile.
-CPU_TOKENS, BRANCH_TOKENS, FEWEST_TOKENS = 850, 700, 500
+CPU_TOKENS, BRANCH_TOKENS, FEWEST_TOKENS = 850, 700, 250
 
 
 def branches(platform: str, *, images: int, num_tokens: int, devices: int = 1) -> int:
