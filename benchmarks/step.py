@@ -67,7 +67,6 @@ def recipe(args: argparse.Namespace, patch: int) -> programs.Recipe:
         scanned=args.scanned,
         remat=args.remat,
     )
-    branches = programs.branches(platform, images=args.micro or args.batch, num_tokens=num_tokens)
     return programs.Recipe(
         init=functools.partial(build.initialise, model, image_size=size, in_channels=3),
         apply=model.apply,
@@ -78,8 +77,7 @@ def recipe(args: argparse.Namespace, patch: int) -> programs.Recipe:
         seeds=tuple(range(args.seeds)),
         mesh=sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]),
         mapped=platform == "cpu",
-        micro_batch_size=args.micro or programs.micro_batch_size(platform, batch_size=args.batch, num_tokens=num_tokens, branches=branches),
-        branches=branches,
+        **programs.parts(platform, batch_size=args.batch, num_tokens=num_tokens, micro_batch_size=args.micro)._asdict(),
     )
 
 

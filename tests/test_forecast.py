@@ -90,7 +90,7 @@ def test_as_many_images_at_a_time_as_suit_the_device():
         return budget.micro_batch_size(planned(**overrides), device._replace(count=count))
 
     assert [at_a_time(CPU, argument=f"patch={patch}") for patch in (28, 4, 2, 1)] == [8, 8, 4, 2]  # 2, 50, 197 and 785 tokens
-    assert at_a_time(CPU, argument="patch=2", train__batch_size="6") == 6  # two branches of three
+    assert at_a_time(CPU, argument="patch=2", train__batch_size="6") == 6  # two lanes of three
     assert at_a_time(CPU, argument="patch=1", count=8) == 8  # one on each
     assert at_a_time(CPU, argument="patch=1", file="vit3d") == 1
     assert at_a_time(GPU, argument="patch=1") == 8
@@ -99,17 +99,18 @@ def test_as_many_images_at_a_time_as_suit_the_device():
     assert few.least < all_of_them.least
 
 
-def test_a_cpu_takes_two_branches_where_a_step_has_many_tokens_and_each_has_images():
-    def branches(device, count=1, **overrides):
-        return budget.branches(planned(**overrides), device._replace(count=count))
+def test_a_cpu_takes_two_lanes_where_a_step_has_many_tokens_and_each_lane_has_images():
+    def lanes(device, count=1, **overrides):
+        return budget.micro_batches(planned(**overrides), device._replace(count=count)).lanes
 
-    by_patch = {patch: branches(CPU, argument=f"patch={patch}", train__batch_size="16") for patch in (28, 14, 7, 2, 1)}
+    by_patch = {patch: lanes(CPU, argument=f"patch={patch}", train__batch_size="16") for patch in (28, 14, 7, 2, 1)}
     assert by_patch == {28: 1, 14: 1, 7: 2, 2: 2, 1: 1}  # too few tokens at 28 and 14, too many of one image at 1
-    assert [branches(CPU, argument="patch=2", train__micro_batch_size=size) for size in "128"] == [1, 2, 2]
-    assert branches(CPU, argument="patch=2", train__batch_size="5") == 1
-    assert branches(CPU, argument="patch=2", mesh__sequence="2", count=2) == 1
-    assert branches(CPU, argument="patch=2", count=8) == branches(GPU, argument="patch=2") == 1
-    assert budget.micro_batch_size(planned("patch=4", train__batch_size="32"), CPU) == 16  # eight in each
+    assert [lanes(CPU, argument="patch=2", train__micro_batch_size=size) for size in "128"] == [1, 2, 2]
+    assert lanes(CPU, argument="patch=2", train__batch_size="5") == 1
+    assert lanes(CPU, argument="patch=2", mesh__sequence="2", count=2) == 1
+    assert lanes(CPU, argument="patch=2", count=8) == lanes(GPU, argument="patch=2") == 1
+    assert budget.micro_batches(planned("patch=4", train__batch_size="32"), CPU) == (16, 2)  # eight in each
+    assert budget.micro_batches(planned("patch=4", train__batch_size="34"), CPU) == (17, 1)  # 34 divides into lanes of one alone
 
 
 def test_the_model_is_built_with_what_the_budget_says(monkeypatch):
@@ -117,7 +118,7 @@ def test_the_model_is_built_with_what_the_budget_says(monkeypatch):
     recipe = experiment.recipe(planned("dataset=phantom2d,patch=14,variant=vit_micro"), steps_per_epoch=1)
     assert recipe.apply.__self__.remat == "blocks"
     assert experiment.recipe(planned("patch=2,pretrained="), steps_per_epoch=1).micro_batch_size == 4
-    assert experiment.recipe(planned("patch=2,pretrained="), steps_per_epoch=1).branches == 2
+    assert experiment.recipe(planned("patch=2,pretrained="), steps_per_epoch=1).lanes == 2
 
 
 def test_what_cannot_fit_is_refused_with_its_numbers_and_the_remedy():

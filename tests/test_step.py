@@ -51,8 +51,8 @@ def start(*, noisy=False, **more):
 
 
 @functools.cache
-def chunk(*, mapped, augmentation=OFF, micro=None, branches=1, **more):
-    how = {"optimizer": optimizer_of(**more), "augmentation": augmentation, "micro_batch_size": micro, "branches": branches}
+def chunk(*, mapped, augmentation=OFF, micro=None, lanes=1, **more):
+    how = {"optimizer": optimizer_of(**more), "augmentation": augmentation, "micro_batch_size": micro, "lanes": lanes}
     train_step = functools.partial(step.train_step, apply=apply, prepare=prepare, task=TASK, **how)
     return jax.jit(step.make_chunk(train_step, mapped=mapped))
 
@@ -169,18 +169,18 @@ def test_a_chunk_makes_as_many_steps_as_it_is_told(mapped):
 
 
 @both
-@pytest.mark.parametrize(("micro", "branches"), [(1, 1), (2, 1), (4, 1), (2, 2), (None, 2)])
-def test_a_batch_in_parts_makes_the_step_of_the_whole(mapped, micro, branches):
+@pytest.mark.parametrize(("micro", "lanes"), [(1, 1), (2, 1), (4, 1), (2, 2), (None, 2)])
+def test_a_batch_in_parts_makes_the_step_of_the_whole(mapped, micro, lanes):
     batches = batches_of()
     batches["mask"][:, 2, 1:] = False  # an epoch's last batch: some parts hold nothing but fillers
     state, _ = start()
     whole, losses = chunk(mapped=mapped, augmentation=RANDOM)(state, SEEDS, batches, K, {})
-    parts, parts_losses = chunk(mapped=mapped, augmentation=RANDOM, micro=micro, branches=branches)(state, SEEDS, batches, K, {})
+    parts, parts_losses = chunk(mapped=mapped, augmentation=RANDOM, micro=micro, lanes=lanes)(state, SEEDS, batches, K, {})
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), parts, whole)
 
 
-@pytest.mark.parametrize("how", [{"micro": 1}, {"branches": 2}], ids=str)
+@pytest.mark.parametrize("how", [{"micro": 1}, {"lanes": 4}], ids=str)
 def test_every_part_of_a_batch_drops_paths_of_its_own(how):
     alike = jax.tree.map(lambda array: np.broadcast_to(array[:, :, :1], array.shape).copy(), batches_of())
     one = alike | {"mask": np.arange(B) == np.zeros((R, K, 1))}

@@ -27,18 +27,22 @@ def parts(planned: planning.Experiment, device: machine.Device) -> int:
     return fsdp * sharding.data_parts(device.count, **axes, batch_sizes=batch_sizes)
 
 
-def branches(planned: planning.Experiment, device: machine.Device) -> int:
-    """In how many branches a micro-batch goes through the model."""
-    train, devices = planned.config.train, parts(planned, device) * max(1, planned.config.mesh.sequence)
-    tokens = planned.num_slices * planned.num_tokens
-    return programs.branches(device.platform, images=train.micro_batch_size or train.batch_size, num_tokens=tokens, devices=devices)
+def micro_batches(planned: planning.Experiment, device: machine.Device) -> programs.Parts:
+    """Images of a step that go through the model at a time, the config's or with 0 what suits the device, and in how many lanes."""
+    train, split = planned.config.train, parts(planned, device)
+    return programs.parts(
+        device.platform,
+        batch_size=train.batch_size,
+        num_tokens=planned.num_slices * planned.num_tokens,
+        split=split,
+        devices=split * max(1, planned.config.mesh.sequence),
+        micro_batch_size=train.micro_batch_size,
+    )
 
 
 def micro_batch_size(planned: planning.Experiment, device: machine.Device) -> int:
-    """Images of a step that go through the model at a time: the config's, or with 0 what suits the device."""
-    train = planned.config.train
-    sizes = {"batch_size": train.batch_size, "num_tokens": planned.num_slices * planned.num_tokens, "parts": parts(planned, device)}
-    return train.micro_batch_size or programs.micro_batch_size(device.platform, **sizes, branches=branches(planned, device))
+    """Images of a step that go through the model at a time."""
+    return micro_batches(planned, device).micro_batch_size
 
 
 def remat(planned: planning.Experiment, device: machine.Device, *, images: int | None = None) -> str:

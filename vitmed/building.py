@@ -92,8 +92,7 @@ def _recipe(planned: planning.Experiment, *, steps_per_epoch: int, labels: np.nd
         mesh=mesh,
         # One after another on a CPU, where the batched program is slower; together on accelerators, where one run does not fill the device.
         mapped=device.platform == "cpu",
-        micro_batch_size=budget.micro_batch_size(planned, device),
-        branches=budget.branches(planned, device),
+        **budget.micro_batches(planned, device)._asdict(),
         objective=objective(planned, labels),
         mixup=train.mixup,
         mask_weight=train.mask_weight,

@@ -74,7 +74,7 @@ def cached(planned: planning.Experiment, recipe: programs.Recipe, dataset: sourc
         splits[name] = dataclasses.replace(split, images=np.concatenate(features) if features else np.zeros((0, *rows), np.float32))
         seconds[name] = time.perf_counter() - started
     begun = dataclasses.replace(
-        recipe, apply=functools.partial(recipe.apply, stage="classify"), prepare=_as_they_are, micro_batch_size=None, branches=1
+        recipe, apply=functools.partial(recipe.apply, stage="classify"), prepare=_as_they_are, micro_batch_size=None, lanes=1
     )
     return Cached(begun, dataclasses.replace(dataset, splits=splits), seconds, compile_seconds)
 

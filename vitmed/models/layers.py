@@ -50,7 +50,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., D] times kernel [D, F] -> [..., F].
 
     Its derivative is written down for the kernel's sake, x^T g: by rule it is (g^T x)^T, for which a CPU computes and writes g once more
-    as its transpose, of the MLP's hidden size in one of its layers. Here it is the smaller of x and g that is transposed.
+    as its transpose, of the MLP's hidden size in one of its layers. Here it is x, or g where x is larger than it and the result.
     """
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
@@ -64,17 +64,16 @@ def _product_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
     of_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     rows = tuple(range(x.ndim - 1))
     over_rows = functools.partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
-    # The second form transposes the result besides.
     if x.size <= gradient.size + kernel.size:
         return of_x, over_rows(x, gradient)
-    return of_x, over_rows(gradient, x).T
+    return of_x, over_rows(gradient, x).T  # the result is transposed as well
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
 def dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    """A linear layer of the encoder."""
+    """A linear layer, initialised as timm's."""
 
     def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any) -> jax.Array:
         del dimension_numbers, precision  # always the last axis times the first, as is usual for the dtype

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +18,40 @@ import optax
 from vitmed.models import adapters
 from vitmed.training import augment, sharding, step, tasks
 
-# Tokens that go through the model at a time on a CPU, so that caches hold a block's activations: of 400 to 1,600 the fastest for ViT-Ti;
-# and in each of two branches, where a step has so many that branches pay for the time that they take to compile.
-CPU_TOKENS, BRANCH_TOKENS, FEWEST_TOKENS = 850, 700, 250
+# Tokens that go through the model at a time on a CPU, so that caches hold a block's activations: of 400 to 1,600 the fastest for ViT-Ti.
+CPU_TOKENS = 850
+# Tokens of each of two lanes, and of both together from which on they are worth the time that they take to compile.
+LANE_TOKENS, FEWEST_TOKENS = 700, 250
 
 
-def branches(platform: str, *, images: int, num_tokens: int, devices: int = 1) -> int:
-    """In how many branches so many `images` go through the model, none of which waits for another: two on a CPU where that is faster.
+class Parts(NamedTuple):
+    """How many images of a step go through the model at a time, and in how many lanes."""
 
-    Two cores that share every operation wait for each other at its end, and small products gain little from the second one.
-    """
-    worth = 2 * num_tokens <= BRANCH_TOKENS and images * num_tokens >= FEWEST_TOKENS and images % 2 == 0
-    return 2 if platform == "cpu" and devices == 1 and worth else 1
+    micro_batch_size: int
+    lanes: int
 
 
-def micro_batch_size(platform: str, *, batch_size: int, num_tokens: int, parts: int = 1, branches: int = 1) -> int:
-    """How many images of a step go through the model at a time where nobody says: on a CPU what suits its caches, else all of them.
+def parts(platform: str, *, batch_size: int, num_tokens: int, split: int = 1, devices: int = 1, micro_batch_size: int = 0) -> Parts:
+    """The parts of a step: with a `micro_batch_size` of 0 on a CPU what suits its caches, else all images at a time.
 
-    It divides the batch, and over the `parts` that devices take of it and its `branches`.
+    A size that is chosen here divides the batch, and over the `split` that `devices` make of it. In two lanes go the images of a CPU that
+    is one device, where two or more fit each and there are enough of them: two cores that share every operation wait for each other at its
+    end, and small products gain little from the second one. It was measured on two cores.
     """
     if platform != "cpu":
-        return batch_size
-    most = (BRANCH_TOKENS if branches > 1 else CPU_TOKENS) // num_tokens
+        return Parts(micro_batch_size or batch_size, 1)
+
+    def largest(most: int, *, lanes: int) -> int:
+        step = split * lanes
+        sizes = (size for size in range(step, batch_size + 1, step) if batch_size % size == 0 and size // step <= most)
+        return max(sizes, default=step)
+
+    two = micro_batch_size or largest(LANE_TOKENS // num_tokens, lanes=2)
+    if devices == 1 and two % 2 == 0 and batch_size % two == 0 and 2 * num_tokens <= LANE_TOKENS and two * num_tokens >= FEWEST_TOKENS:
+        return Parts(two, 2)
     # Two images where at least one fits: at 785 tokens one at a time took 7 % longer, with twice as many sums of gradients.
-    most, parts = max(most, 2 if num_tokens <= CPU_TOKENS else 1), parts * branches
-    sizes = (size for size in range(parts, batch_size + 1, parts) if batch_size % size == 0 and size // parts <= most)
-    return max(sizes, default=parts)
+    most = max(CPU_TOKENS // num_tokens, 2 if num_tokens <= CPU_TOKENS else 1)
+    return Parts(micro_batch_size or largest(most, lanes=1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Recipe:
 
     `init(key)` gives one run's parameters; `apply` is the model's; `prepare` turns uint8 images into its input. `tuning` says which of
     the parameters are trained; the others are the `base`, which all runs share, already on the devices. `mapped` takes the runs one after
-    another within the program instead of as one batched program. `micro_batch_size`, `branches`, `objective`, `mixup`, `mask_weight` and
+    another within the program instead of as one batched program. `micro_batch_size`, `lanes`, `objective`, `mixup`, `mask_weight` and
     `ema_decay` (0: there is no average) are `step.train_step`'s, `patience` is `step.keep_best`'s. A network of several patch sizes has
     `forms`, a recipe for each, of which the `own`-th is that of this one's patch size.
     """
@@ -67,7 +75,7 @@ class Recipe:
     mesh: jax.sharding.Mesh
     mapped: bool
     micro_batch_size: int | None = None
-    branches: int = 1
+    lanes: int = 1
     objective: tasks.Objective | None = None
     mixup: float = 0.0
     mask_weight: float = 0.0
@@ -131,7 +139,7 @@ def compile_chunk(
         optimizer=recipe.optimizer,
         augmentation=recipe.augmentation,
         micro_batch_size=recipe.micro_batch_size,
-        branches=recipe.branches,
+        lanes=recipe.lanes,
         objective=recipe.objective,
         mixup=recipe.mixup,
         mask_weight=recipe.mask_weight,

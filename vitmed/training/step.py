@@ -76,7 +76,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     augmentation: augment.Augmentation,
     micro_batch_size: int | None = None,
-    branches: int = 1,
+    lanes: int = 1,
     objective: tasks.Objective | None = None,
     mixup: float = 0.0,
     mask_weight: float = 0.0,
@@ -86,7 +86,7 @@ def train_step(
 
     `apply` takes the parameters of `base`, which stay as they are, and of the state together; without a frozen base there are none.
     `micro_batch_size` images (a divisor of B; None: all) go through the model at a time, and their gradients are summed: less memory, and
-    where caches are small less time, for the same step. They do so in `branches` (a divisor of them) that have nothing but parameters in
+    where caches are small less time, for the same step. They do so in `lanes` (a divisor of them) that have nothing but parameters in
     common, which cores of a CPU compute side by side. `objective` is what is minimised, None for the mean of the task's own loss; with
     `mixup` (`augment.mix`'s alpha) its targets must be numbers. With a `mask_weight` the batch has lesions [B, *S], which `apply` also
     finds, and so many times the mean of `pixels.loss` over the images that have some is added. The average of an AveragedState becomes
@@ -119,7 +119,7 @@ def train_step(
         of_pixels = tasks.masked_mean(pixels.loss(found, part["lesions"]), part["mask"], drawn)
         return tasks.masked_mean(objective.loss(logits, part["labels"]), part["mask"], total) + mask_weight * of_pixels
 
-    loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size, branches=branches)
+    loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, prepared, drop_key, size=micro_batch_size, lanes=lanes)
     alive = state.failed_at == ALIVE
     good = alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
 
@@ -146,17 +146,17 @@ def _accumulate(
     key: jax.Array,
     *,
     size: int | None,
-    branches: int,
+    lanes: int,
 ) -> tuple[jax.Array, Any]:
-    """The sums over micro-batches, and in each over branches, of a function of (params, images, key), each with a key of its own."""
+    """The sums over micro-batches, and in each over lanes, of a function of (params, images, key), each with a key of its own."""
     batch_size = len(batch["mask"])
     parts = batch_size // (size or batch_size)
 
     def of_part(part: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, Any]:
-        if branches == 1:
+        if lanes == 1:
             return loss_and_gradient(params, part, key)
-        own = [jax.tree.map(lambda array, index=index: array[index::branches], part) for index in range(branches)]
-        first, *others = map(functools.partial(loss_and_gradient, params), own, jax.random.split(key, branches))
+        own = [jax.tree.map(lambda array, index=index: array[index::lanes], part) for index in range(lanes)]
+        first, *others = map(functools.partial(loss_and_gradient, params), own, jax.random.split(key, lanes))
         return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), first, *others)
 
     if parts == 1:
