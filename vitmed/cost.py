@@ -207,8 +207,9 @@ def training_memory(
     are more; `lax.map` over several runs copies their state once more, and one run's. A model whose blocks are `scanned` takes 1.5 times
     the activations and holds parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels,
     and a block's attention weights twice (measured by the process's size: XLA does not count them). On 26 programs (vit_micro, vit_ti and
-    vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high; attention and GELU keep less since, and it is further on the safe side (3D, p 4,
-    batch 8: 1.6 times, 2D, p 1 with plain attention: twice what is taken).
+    vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high.
+    Attention and GELU keep less since: it is further on the safe side (3D, p 4, batch 8: 1.6 times, 2D, p 1 with plain attention: twice
+    what is taken).
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
     state = (4 + averaged) * params * num_runs + split_bytes
