@@ -77,7 +77,7 @@ def recipe(args: argparse.Namespace, patch: int) -> programs.Recipe:
         seeds=tuple(range(args.seeds)),
         mesh=sharding.make_mesh(data=1, fsdp=1, devices=jax.devices()[:1]),
         mapped=platform == "cpu",
-        **programs.parts(platform, batch_size=args.batch, num_tokens=num_tokens, micro_batch_size=args.micro)._asdict(),
+        **programs.micro_batches(platform, batch_size=args.batch, num_tokens=num_tokens, micro_batch_size=args.micro)._asdict(),
     )
 
 

@@ -188,6 +188,8 @@ def test_every_part_of_a_batch_drops_paths_of_its_own(how):
     _, losses = chunk(mapped=True, **how)(state, SEEDS, alike, 1, {})
     _, of_one = chunk(mapped=True, **how)(state, SEEDS, one, 1, {})
     assert np.all(np.abs(losses - of_one)[:, 0] > 1e-4)
+    _, of_whole = chunk(mapped=True)(state, SEEDS, alike, 1, {})
+    assert np.all(np.abs(losses - of_whole)[:, 0] > 1e-6)  # there are parts, with keys that are not the whole batch's
 
 
 @both

@@ -27,10 +27,10 @@ def parts(planned: planning.Experiment, device: machine.Device) -> int:
     return fsdp * sharding.data_parts(device.count, **axes, batch_sizes=batch_sizes)
 
 
-def micro_batches(planned: planning.Experiment, device: machine.Device) -> programs.Parts:
+def micro_batches(planned: planning.Experiment, device: machine.Device) -> programs.MicroBatches:
     """Images of a step that go through the model at a time, the config's or with 0 what suits the device, and in how many lanes."""
     train, split = planned.config.train, parts(planned, device)
-    return programs.parts(
+    return programs.micro_batches(
         device.platform,
         batch_size=train.batch_size,
         num_tokens=planned.num_slices * planned.num_tokens,

@@ -24,22 +24,24 @@ CPU_TOKENS = 850
 LANE_TOKENS, FEWEST_TOKENS = 700, 250
 
 
-class Parts(NamedTuple):
+class MicroBatches(NamedTuple):
     """How many images of a step go through the model at a time, and in how many lanes."""
 
     micro_batch_size: int
     lanes: int
 
 
-def parts(platform: str, *, batch_size: int, num_tokens: int, split: int = 1, devices: int = 1, micro_batch_size: int = 0) -> Parts:
-    """The parts of a step: with a `micro_batch_size` of 0 on a CPU what suits its caches, else all images at a time.
+def micro_batches(
+    platform: str, *, batch_size: int, num_tokens: int, split: int = 1, devices: int = 1, micro_batch_size: int = 0
+) -> MicroBatches:
+    """How a step is cut up: with a `micro_batch_size` of 0 on a CPU as suits its caches, elsewhere all images go at a time.
 
     A size that is chosen here divides the batch, and over the `split` that `devices` make of it. In two lanes go the images of a CPU that
     is one device, where two or more fit each and there are enough of them: two cores that share every operation wait for each other at its
     end, and small products gain little from the second one. It was measured on two cores.
     """
     if platform != "cpu":
-        return Parts(micro_batch_size or batch_size, 1)
+        return MicroBatches(micro_batch_size or batch_size, 1)
 
     def largest(most: int, *, lanes: int) -> int:
         step = split * lanes
@@ -48,10 +50,10 @@ def parts(platform: str, *, batch_size: int, num_tokens: int, split: int = 1, de
 
     two = micro_batch_size or largest(LANE_TOKENS // num_tokens, lanes=2)
     if devices == 1 and two % 2 == 0 and batch_size % two == 0 and 2 * num_tokens <= LANE_TOKENS and two * num_tokens >= FEWEST_TOKENS:
-        return Parts(two, 2)
+        return MicroBatches(two, 2)
     # Two images where at least one fits: at 785 tokens one at a time took 7 % longer, with twice as many sums of gradients.
     most = max(CPU_TOKENS // num_tokens, 2 if num_tokens <= CPU_TOKENS else 1)
-    return Parts(micro_batch_size or largest(most, lanes=1), 1)
+    return MicroBatches(micro_batch_size or largest(most, lanes=1), 1)
 
 
 @dataclasses.dataclass(frozen=True)
