@@ -156,7 +156,8 @@ def _accumulate(
         if lanes == 1:
             return loss_and_gradient(params, part, key)
         own = [jax.tree.map(lambda array, index=index: array[index::lanes], part) for index in range(lanes)]
-        first, *others = map(functools.partial(loss_and_gradient, params), own, jax.random.split(key, lanes))
+        once = jax.jit(loss_and_gradient)  # so that all lanes are traced and lowered as one
+        first, *others = map(functools.partial(once, params), own, jax.random.split(key, lanes))
         return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), first, *others)
 
     if parts == 1:
