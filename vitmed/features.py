@@ -18,7 +18,7 @@ import numpy as np
 
 from vitmed import planning
 from vitmed.data import pipeline, sources
-from vitmed.runs import processes
+from vitmed.runs import machine, processes
 from vitmed.training import outcome as outcomes
 from vitmed.training import programs, sharding
 
@@ -99,5 +99,5 @@ def _compiled(recipe: programs.Recipe, dataset: sources.Dataset, batch_size: int
     place = sharding.batch(recipe.mesh, axis=0)
     images = jax.ShapeDtypeStruct((batch_size, *dataset.splits["train"].images.shape[1:]), np.uint8, sharding=place)
     started = time.perf_counter()
-    compiled = jax.jit(functools.partial(_features, recipe)).lower(recipe.base, images).compile()
+    compiled = machine.compiled(jax.jit(functools.partial(_features, recipe)).lower(recipe.base, images))
     return lambda batch: compiled(recipe.base, jax.device_put(batch, place)), time.perf_counter() - started

@@ -183,7 +183,7 @@ def explainer(run: Restored, *, method: str, batch_size: int) -> Heat:
 def _compiled(run: Restored, function: Callable[..., jax.Array], *shared: np.ndarray) -> Callable[..., jax.Array]:
     """`function` of (parameters, base, ...) over the members, compiled for `shared` arrays of just these shapes: they are its arguments."""
     over = step.over_runs(function, mapped=run.recipe.mapped, shared=tuple(range(1, 2 + len(shared))))
-    program = jax.jit(over).lower(run.members, run.recipe.base, *shared).compile()
+    program = machine.compiled(jax.jit(over).lower(run.members, run.recipe.base, *shared))
     return functools.partial(program, run.members, run.recipe.base)
 
 

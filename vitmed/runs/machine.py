@@ -1,6 +1,7 @@
 """On what a run ran: the device's name, its peak memory, the versions of what computed and stored; and where programs are cached."""
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -106,6 +107,18 @@ def cache_programs() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(root / "vitmed" / f"programs-{_instruction_set()}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program, once the memory that its compilation took is the system's again.
+
+    Compiling takes 200 to 400 MB, which glibc would keep, in pieces too small for the arrays that follow.
+    """
+    program = lowered.compile()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it alone
+    if trim is not None:
+        trim(0)
+    return program
 
 
 @contextlib.contextmanager

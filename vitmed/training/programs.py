@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from vitmed.models import adapters
+from vitmed.runs import machine
 from vitmed.training import augment, sharding, step, tasks
 
 # Tokens that go through the model at a time on a CPU, so that caches hold a block's activations: of 400 to 1,600 the fastest for ViT-Ti.
@@ -121,7 +122,9 @@ def create(recipe: Recipe, start: Any = None) -> tuple[step.TrainState, step.Bes
     """The state before the first step, made where it will live: from `start`, or from fresh parameters by seed where it is None."""
     places = jax.tree.map(lambda leaf: leaf.sharding, recipe.abstract)
     complete = jax.tree.structure(start) == jax.tree.structure(recipe.abstract[0].params)
-    return jax.jit(functools.partial(recipe.create, complete=complete), out_shardings=places)(recipe.seed_array(), start)
+    jitted = jax.jit(functools.partial(recipe.create, complete=complete), out_shardings=places)
+    seeds = recipe.seed_array()
+    return machine.compiled(jitted.lower(seeds, start))(seeds, start)
 
 
 def compile_chunk(
@@ -159,7 +162,7 @@ def compile_chunk(
     jitted = jax.jit(make, in_shardings=arguments, out_shardings=(places, everywhere), donate_argnums=0)
     seeds = sharding.put(recipe.seed_array(), everywhere)
     started = time.perf_counter()
-    compiled = jitted.lower(state, seeds, shapes, jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident), recipe.base).compile()
+    compiled = machine.compiled(jitted.lower(state, seeds, shapes, jax.ShapeDtypeStruct((), jnp.int32), _shapes(resident), recipe.base))
     seconds = time.perf_counter() - started
 
     def program(state: step.TrainState, batches: Any, num_steps: int, resident: Any) -> tuple[step.TrainState, jax.Array]:
@@ -188,7 +191,7 @@ def compile_predict(recipe: Recipe, images: np.ndarray, labels: np.ndarray, *, b
     started = time.perf_counter()
     arrays = {"images": images, "labels": labels}
     batch = {name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
-    compiled = jitted.lower(best.params, batch, recipe.base).compile()
+    compiled = machine.compiled(jitted.lower(best.params, batch, recipe.base))
     seconds = time.perf_counter() - started
 
     def program(params: Any, batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
