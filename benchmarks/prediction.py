@@ -3,12 +3,12 @@
     python -m benchmarks.prediction
     python -m benchmarks.prediction --memory
     python -m benchmarks.prediction --rounds=3
-    python -m benchmarks.prediction --runs=docs/results/study
+    python -m benchmarks.prediction --runs=docs/results/study/vit2d
 
 The CPU's three rates (memory, linear layers, attention) are fitted to the steps marked so, by least squares of the relative errors, and
 predict the others. Measured are the times that docs/performance.md tells; with --rounds those of this machine, the smallest of the rounds'
 medians, since others on the machine can only add to them. --runs holds finished runs against their whole prediction. The memory's factors,
-in `cost.training_memory`, were fitted before, to batches of 4, 8 and 16 images of 28 pixels.
+in `cost.training_memory`, were fitted to others of these programs, and to some of them.
 """
 
 import pathlib
@@ -44,16 +44,16 @@ class Point(NamedTuple):
 
 
 POINTS = (
-    Point("vit2d.py:patch=28", 16, 21.2, fitted=True),
-    Point("vit2d.py:patch=7", 16, 70.6, fitted=True),
-    Point("vit2d.py:patch=2", 16, 815.3, fitted=True),
+    Point("vit2d.py:patch=28", 16, 18.8, fitted=True),
+    Point("vit2d.py:patch=7", 16, 66.3, fitted=True),
+    Point("vit2d.py:patch=2", 16, 771.1, fitted=True),
     Point("vit3d.py:patch=2", 1, 2654, fitted=True),
-    Point("vit2d.py:patch=14", 16, 32.0),
-    Point("vit2d.py:patch=4", 16, 188.1),
-    Point("vit2d.py:patch=1", 16, 5330),
-    Point("vit3d.py:patch=14", 8, 35.9),
-    Point("vit3d.py:patch=7", 8, 149.1),
-    Point("vit3d.py:patch=4", 8, 803.8),
+    Point("vit2d.py:patch=14", 16, 31.4),
+    Point("vit2d.py:patch=4", 16, 169.4),
+    Point("vit2d.py:patch=1", 16, 4538),
+    Point("vit3d.py:patch=14", 8, 32.5),
+    Point("vit3d.py:patch=7", 8, 119.5),
+    Point("vit3d.py:patch=4", 8, 774.0),
     Point("vit2d.py:patch=28", 1, 13.3),
     Point("vit2d.py:patch=14", 1, 11.4),
     Point("vit2d.py:patch=7", 1, 15.6),
@@ -113,9 +113,7 @@ def memory(one: experiment.Experiment) -> int:
     """The bytes of the compiled program of a step: `budget.memory` without the process, checkpoints, data and prediction."""
     shape, architecture, cpu = one.shape, one.network.architecture, machine.Device("cpu", "cpu", 1, None)
     sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
-    kept = cost.activations_per_example(**sizes, num_heads=architecture.num_heads)
-    if one.attention_form("cpu") != "plain":
-        kept = kept._replace(attention_weights=0)
+    kept = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, attention=one.attention_form("cpu"))
     images, batch_size, params = budget.micro_batch_size(one, cpu), one.config.train.batch_size, cost.num_params(**shape)
     pixels = int(np.prod(one.image_size))
     waiting = cost.BYTES_OF_A_PARAMETER * (params + batch_size * pixels * one.config.model.in_channels)

@@ -61,7 +61,7 @@ DEVICES = {
     "t4": Device("NVIDIA T4", "gpu", {"float32": (8.1e12, 8.1e12)}, 0.32e12, 16 * 10**9, (16e9, 16e9), node=1),
     "v5e": Device("TPU v5e", "tpu", _peaks(197, 197), 0.819e12, 16 * 10**9, (200e9, 200e9), node=256, launch=(0.0, 1e-6)),
     # Fitted by benchmarks.prediction to four steps on the two cores of docs/performance.md.
-    "cpu": Device("two CPU cores", "cpu", {"float32": (147e9, 107e9)}, 16.3e9, None, launch=(0.0, 0.0), fitted=True),
+    "cpu": Device("two CPU cores", "cpu", {"float32": (156e9, 106e9)}, 18.9e9, None, launch=(0.0, 0.0), fitted=True),
 }
 
 

@@ -14,7 +14,7 @@ from vitmed.training import loop, programs, sharding
 
 # On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
 # while it is written.
-PROCESS_BYTES, CHECKPOINT_COPIES = 8 * 10**8, 2
+PROCESS_BYTES, CHECKPOINT_COPIES = 6 * 10**8, 2
 LARGEST_BATCH = {"cpu": 32, "other": 256}  # of a prediction: beyond it nothing is gained
 COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters; and their average where there is one
 
@@ -66,8 +66,8 @@ def remat(planned: planning.Experiment, device: machine.Device, *, images: int |
 def memory(planned: planning.Experiment, device: machine.Device, *, images: int | None = None) -> cost.Memory:
     """The bytes that a run takes of each device; on a CPU those of the process. `images` stands for the size of a micro-batch where given.
 
-    The likely bytes of six finished ViT-Ti runs on a CPU (2D, p 28 to 7, three and ten seeds) were from 17 % below to 13 % above the peak
-    of their processes, 1.8 to 4.5 GB; on a GPU or TPU they have not been measured.
+    The likely bytes of ViT-Ti runs of three seeds on a CPU in 2D were 3 to 4 % above the peak of their processes after 8 and 25 epochs
+    (p 7, 28), from equal to 28 % above after one (p 28, 7, 4, 2): 1.3 to 1.9 GB; on a GPU or TPU they have not been measured.
     """
     planned = largest(planned)
     return _memory(planned, device, remat(planned, device, images=images), images)
@@ -79,11 +79,8 @@ def largest(planned: planning.Experiment) -> planning.Experiment:
 
 
 def _memory(planned: planning.Experiment, device: machine.Device, remat: str, images: int | None) -> cost.Memory:
-    config, architecture, shape = planned.config, planned.network.architecture, planned.shape
-    sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
-    sizes["depth"] = adapters.differentiated(planned.tuning, architecture.depth)
-    activations = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, remat=remat)
-    activations = cost.Activations(*(planned.num_slices * numbers for numbers in activations))
+    config, architecture = planned.config, planned.network.architecture
+    activations = _activations(planned, device, adapters.differentiated(planned.tuning, architecture.depth), remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
     split, sequence = parts(planned, device), max(1, config.mesh.sequence)
     # Of keys and values every device has those of all tokens, kept for each block unless recomputed; of everything else its share.
@@ -98,7 +95,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     at_once, predicted = max(1, images // split), max(1, config.eval.batch_size // split)
     least, likely = cost.training_memory(
         num_params=params,
-        activations=activations if keeps else activations._replace(attention_weights=0),
+        activations=activations,
         block_attention_weights=_scores(planned, device, predicted) // predicted,
         num_tokens=math.ceil(planned.num_slices * planned.num_tokens / sequence),
         width=architecture.width,
@@ -132,9 +129,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     elif method == "rollout":
         each += 2 * weights * architecture.depth
     elif method == "gradient":  # a backward pass, as `cost.training_memory` counts it
-        keeps = planned.attention_form(device.platform) == "plain"
-        inside = 8 * architecture.width + 2 * architecture.mlp_width
-        each += 2 * cost.BYTES_OF_A_PARAMETER * architecture.depth * tokens * inside + 3 * weights * architecture.depth * keeps
+        each += math.ceil(cost.backward_memory(_activations(planned, device, architecture.depth)))
     each = at_once * each + _image_bytes(planned)
     most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
     if device.memory_bytes is None:
@@ -147,6 +142,13 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
         mend = "take --explain=gradient, or none" if method else "predict on a device with more memory"
         raise config_lib.InputError(f"a single image is likely to take {shown}; {mend}")
     return min(most, 2 ** int(math.log2(room / each)))
+
+
+def _activations(planned: planning.Experiment, device: machine.Device, depth: int, *, remat: str = "none") -> cost.Activations:
+    """What a backward pass through so many blocks needs kept of an image, or of all slices of a volume."""
+    sizes = {name: value for name, value in planned.shape.items() if name not in ("swiglu", "num_classes")} | {"depth": depth}
+    how = {"num_heads": planned.network.architecture.num_heads, "attention": planned.attention_form(device.platform)}
+    return cost.Activations(*(planned.num_slices * numbers for numbers in cost.activations_per_example(**sizes, **how, remat=remat)))
 
 
 def _trained_and_base(planned: planning.Experiment) -> tuple[int, int]:

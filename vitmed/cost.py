@@ -153,16 +153,18 @@ def activations_per_example(
     kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
     remat: str = "none",
+    attention: str = "plain",
 ) -> Activations:
-    """Return how many numbers of one example a backward pass needs kept, by what it computes again (`remat`).
+    """Return how many numbers of one example a backward pass needs kept, by what it computes again (`remat`) and the form of attention.
 
     Per block: 8 N D (input of the block, output of its first norm, q, k, v, attention output, input and output of the second
-    norm), 2 N M (the MLP before and after GELU) and the attention weights H N^2. With remat=attention one block's weights are there at a
-    time, with remat=blocks one block's everything, besides the input of each. Around the blocks: the normalised image and the input and
-    output of the last norm.
+    norm), 2 N M (the MLP before and after GELU) and, of plain attention, the weights H N^2; of blockwise, q, k, v and its output once more,
+    as its loops take them. With remat=attention one block's weights are there at a time, with remat=blocks one block's everything,
+    besides the input of each. Around the blocks: the normalised image and the input and output of the last norm.
     """
     tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
-    weights, inside = num_heads * tokens**2, 8 * tokens * width + 2 * tokens * mlp_width
+    weights = num_heads * tokens**2 if attention == "plain" else 0
+    inside = (12 if attention == "blockwise" else 8) * tokens * width + 2 * tokens * mlp_width
     blocks = inside + depth * tokens * width if remat == "blocks" else depth * inside
     return Activations(
         linear=math.prod(image_size) * in_channels + blocks + 2 * tokens * width,
@@ -196,30 +198,34 @@ def training_memory(
 ) -> Memory:
     """Return the bytes that all runs take on one device; `mapped` runs follow each other, others are computed at once.
 
-    `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them; both count no weights where
-    attention keeps none. `split_bytes` is the training split, where it lives on the device; where a batch goes through the model in parts
+    `activations` are those of one example, `block_attention_weights` one block's as a prediction holds them, none where attention keeps
+    none. `split_bytes` is the training split, where it lives on the device; where a batch goes through the model in parts
     of `batch_size`, `waiting_bytes` are those of all of it and of the gradients summed so far. A state that is `averaged` holds one more
     copy of the parameters.
 
     The least: parameters, two Adam moments and the best parameters of every run, and for the runs computed at once either the gradients
     or, where these are more, what the backward pass needs. The likely is fitted to what XLA 0.10 says of the compiled step on a CPU
-    (memory_analysis): 1.8 times the activations and 3 times the attention weights, or three more copies of the parameters where these
-    are more; `lax.map` over several runs copies their state once more, and one run's. A model whose blocks are `scanned` takes 1.5 times
-    the activations and holds parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels,
-    and a block's attention weights twice (measured by the process's size: XLA does not count them). On 26 programs (vit_micro, vit_ti and
-    vit_s, p 28 to 1 in 2D and 14 to 2 in 3D, one and three runs, both ways, each `remat`) it was from 4 % too low to 20 % too high.
-    Attention and GELU keep less since: it is further on the safe side (3D, p 4, batch 8: 1.6 times, 2D, p 1 with plain attention: twice
-    what is taken).
+    (memory_analysis): 1.4 times the activations and 1.2 times the attention weights, or the gradients where these are more; `lax.map` over
+    several runs copies their state once more, and one run's. A model whose blocks are `scanned` takes 1.3 times the activations and holds
+    parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels, and a block's attention
+    weights twice (measured by the process's size: XLA does not count them). On 35 programs (vit_ti, vit_s and vit_b, p 28 to 1 in 2D and 7
+    to 2 in 3D, one and three runs, both ways, each `remat`, one lane and two) it was from 8 % too low to 20 % too high.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
     state = (4 + averaged) * params * num_runs + split_bytes
     kept = batch_size * (activations.linear + activations.attention_weights) * bytes_per_activation
-    backward = 3 * activations.attention_weights * BYTES_OF_A_SCORE + (1.5 if scanned else 1.8) * activations.linear * bytes_per_activation
-    step = max(3 * params, batch_size * backward + (2 * params if scanned else 0))
+    backward = batch_size * backward_memory(activations, bytes_per_activation, scanned=scanned)
+    step = max(params, backward + (2 * params if scanned else 0))
     copies = (3 + averaged) * params * (num_runs + 1) if mapped and num_runs > 1 else 0
     prediction = eval_batch_size * prediction_memory(num_tokens, width, block_attention_weights, bytes_per_activation)
     likely = state + int(max(copies + at_once * (step + waiting_bytes), at_once * prediction))
     return Memory(least=state + at_once * max(params, kept), likely=likely)
+
+
+def backward_memory(activations: Activations, bytes_per_activation: int = 4, *, scanned: bool = False) -> float:
+    """Return the bytes that one image's forward and backward pass is likely to take, as `training_memory` says."""
+    of_linear = (1.3 if scanned else 1.4) * activations.linear * bytes_per_activation
+    return of_linear + 1.2 * activations.attention_weights * BYTES_OF_A_SCORE
 
 
 def prediction_memory(num_tokens: int, width: int, block_attention_weights: int, bytes_per_activation: int = 4) -> int:
