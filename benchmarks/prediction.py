@@ -112,7 +112,7 @@ def measured_memory(one: experiment.Experiment) -> int:
 def memory(one: experiment.Experiment) -> int:
     """The bytes of the compiled program of a step: `budget.memory` without the process, checkpoints, data and prediction."""
     shape, architecture, cpu = one.shape, one.network.architecture, machine.Device("cpu", "cpu", 1, None)
-    sizes = {name: value for name, value in shape.items() if name not in ("swiglu", "num_classes")}
+    sizes = {name: value for name, value in shape.items() if name != "num_classes"}
     kept = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, attention=one.attention_form("cpu"))
     images, batch_size, params = budget.micro_batch_size(one, cpu), one.config.train.batch_size, cost.num_params(**shape)
     pixels = int(np.prod(one.image_size))

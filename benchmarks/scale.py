@@ -108,7 +108,7 @@ def work(planned: experiment.Experiment, device: Device, mesh: Mesh) -> Work:
     forward = cost.gmacs_forward(**planned.shape, pooling=architecture.pooling, num_pooled_tokens=pooled)
     once = {"remat": remat, "keeps_weights": form == "plain"}
     kept = cost.activations_per_example(
-        **{name: value for name, value in planned.shape.items() if name not in ("swiglu", "num_classes")}, num_heads=architecture.num_heads
+        **{name: value for name, value in planned.shape.items() if name != "num_classes"}, num_heads=architecture.num_heads
     )
     width = 2 if config.model.dtype == "bfloat16" else 4
     images = config.train.batch_size * len(planned.seeds)  # of which a device computes a share of

@@ -152,9 +152,12 @@ def test_a_kernel_of_another_size_counts_its_own_pixels():
     blocks = 2 * (17 * (4 * 8 * 8 + 2 * 8 * 20) + 2 * 17**2 * 8)
     assert cost.gmacs_forward(**sizes, num_classes=3) == pytest.approx((16 * (7 * 16 * 16 * 3) * 8 + blocks + 8 * 3) / 1e9, rel=1e-12)
     more = {**sizes, "num_heads": 2}
-    assert cost.activations_per_example(**more) == (28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8, 2 * 2 * 17**2)
-    assert cost.activations_per_example(**more, attention="blockwise") == (28**3 * 3 + 2 * (12 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8, 0)
-    assert cost.activations_per_example(**more, attention="cudnn") == (28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8, 0)
+    assert cost.activations_per_example(**more) == (28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8, 2 * 2 * 17**2, 0)
+    linear = 28**3 * 3 + 2 * (8 * 17 * 8 + 2 * 17 * 20) + 2 * 17 * 8
+    assert cost.activations_per_example(**more, attention="cudnn") == (linear, 0, 0)
+    assert cost.activations_per_example(**more, attention="blockwise") == (linear, 0, 2 * 4 * 17 * 8)
+    assert cost.activations_per_example(**more, attention="blockwise", remat="blocks").copies == 4 * 17 * 8
+    assert cost.activations_per_example(**more, swiglu=True).linear == linear + 2 * 17 * 20
 
 
 def test_the_patchs_own_kernel_changes_nothing():
@@ -182,10 +185,10 @@ def test_training_memory_by_hand():
     n, d, m, heads = 5, 8, 32, 2
     around, block, weights = 28 * 28 + 2 * n * d, 8 * n * d + 2 * n * m, heads * n * n
     made = {remat: cost.activations_per_example(**sizes, num_heads=heads, remat=remat) for remat in ("none", "attention", "blocks")}
-    assert made["none"] == (around + 2 * block, 2 * weights)
-    assert made["attention"] == (around + 2 * block, weights)
-    assert made["blocks"] == (around + 2 * n * d + block, weights)
-    params, kept = cost.num_params(**sizes, num_classes=3), sum(made["none"])
+    assert made["none"] == (around + 2 * block, 2 * weights, 0)
+    assert made["attention"] == (around + 2 * block, weights, 0)
+    assert made["blocks"] == (around + 2 * n * d + block, weights, 0)
+    params, kept = cost.num_params(**sizes, num_classes=3), sum(made["none"][:2])
     step = {"num_params": params, "activations": made["none"], "block_attention_weights": weights, "num_tokens": n}
     step |= {"width": d, "batch_size": 16, "eval_batch_size": 1}
     assert cost.training_memory(**step).least == 16 * params + 16 * kept * 4

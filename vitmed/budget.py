@@ -12,8 +12,8 @@ from vitmed.models import adapters, attention
 from vitmed.runs import machine
 from vitmed.training import loop, programs, sharding
 
-# On a CPU the process counts as well: the interpreter, its libraries and the compilation, and a checkpoint, which copies the state twice
-# while it is written.
+# On a CPU the process counts as well: the interpreter, its libraries and the compilation (where the C library is not glibc some 300 MB
+# more), and a checkpoint, which copies the state twice while it is written.
 PROCESS_BYTES, CHECKPOINT_COPIES = 6 * 10**8, 2
 LARGEST_BATCH = {"cpu": 32, "other": 256}  # of a prediction: beyond it nothing is gained
 COPIES_OF_PARAMETERS = 4  # in the state: parameters, two Adam moments, best parameters; and their average where there is one
@@ -146,7 +146,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
 
 def _activations(planned: planning.Experiment, device: machine.Device, depth: int, *, remat: str = "none") -> cost.Activations:
     """What a backward pass through so many blocks needs kept of an image, or of all slices of a volume."""
-    sizes = {name: value for name, value in planned.shape.items() if name not in ("swiglu", "num_classes")} | {"depth": depth}
+    sizes = {name: value for name, value in planned.shape.items() if name != "num_classes"} | {"depth": depth}
     how = {"num_heads": planned.network.architecture.num_heads, "attention": planned.attention_form(device.platform)}
     return cost.Activations(*(planned.num_slices * numbers for numbers in cost.activations_per_example(**sizes, **how, remat=remat)))
 

@@ -135,10 +135,14 @@ def gmacs_forward(
 
 
 class Activations(NamedTuple):
-    """Numbers that a backward pass needs kept: attention's weights, where it keeps them, and everything else."""
+    """Numbers that a backward pass needs kept: attention's weights, where it keeps them, and everything else.
+
+    `copies` are kept besides, though nothing needs them: queries, keys, values and output in the order of blockwise attention's loops.
+    """
 
     linear: int
     attention_weights: int
+    copies: int = 0
 
 
 def activations_per_example(
@@ -152,23 +156,26 @@ def activations_per_example(
     num_heads: int,
     kernel_size: tuple[int, ...] | None = None,
     num_prefix_tokens: int = 1,
+    swiglu: bool = False,
     remat: str = "none",
     attention: str = "plain",
 ) -> Activations:
     """Return how many numbers of one example a backward pass needs kept, by what it computes again (`remat`) and the form of attention.
 
     Per block: 8 N D (input of the block, output of its first norm, q, k, v, attention output, input and output of the second
-    norm), 2 N M (the MLP before and after GELU) and, of plain attention, the weights H N^2; of blockwise, q, k, v and its output once more,
-    as its loops take them. With remat=attention one block's weights are there at a time, with remat=blocks one block's everything,
-    besides the input of each. Around the blocks: the normalised image and the input and output of the last norm.
+    norm), 2 N M (the MLP before and after GELU, 3 N M of SwiGLU), of plain attention the weights H N^2, and 4 N D copies of blockwise. With
+    remat=attention one block's weights are there at a time, with remat=blocks one block's everything, besides the input of each.
+    Around the blocks: the normalised image and the input and output of the last norm.
     """
     tokens = num_tokens(image_size, patch_size, kernel_size=kernel_size, num_prefix_tokens=num_prefix_tokens)
     weights = num_heads * tokens**2 if attention == "plain" else 0
-    inside = (12 if attention == "blockwise" else 8) * tokens * width + 2 * tokens * mlp_width
+    copies = 4 * tokens * width if attention == "blockwise" else 0
+    inside = 8 * tokens * width + (2 + swiglu) * tokens * mlp_width
     blocks = inside + depth * tokens * width if remat == "blocks" else depth * inside
     return Activations(
         linear=math.prod(image_size) * in_channels + blocks + 2 * tokens * width,
         attention_weights=depth * weights if remat == "none" else weights,
+        copies=copies if remat == "blocks" else depth * copies,
     )
 
 
@@ -209,7 +216,8 @@ def training_memory(
     several runs copies their state once more, and one run's. A model whose blocks are `scanned` takes 1.3 times the activations and holds
     parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels, and a block's attention
     weights twice (measured by the process's size: XLA does not count them). On 35 programs (vit_ti, vit_s and vit_b, p 28 to 1 in 2D and 7
-    to 2 in 3D, one and three runs, both ways, each `remat`, one lane and two) it was from 8 % too low to 20 % too high.
+    to 2 in 3D, one and three runs, both ways, each `remat`, one lane and two) it was from 8 % too low to 20 % too high; none had SwiGLU,
+    slices or bfloat16.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
     state = (4 + averaged) * params * num_runs + split_bytes
@@ -224,7 +232,7 @@ def training_memory(
 
 def backward_memory(activations: Activations, bytes_per_activation: int = 4, *, scanned: bool = False) -> float:
     """Return the bytes that one image's forward and backward pass is likely to take, as `training_memory` says."""
-    of_linear = (1.3 if scanned else 1.4) * activations.linear * bytes_per_activation
+    of_linear = (1.3 if scanned else 1.4) * (activations.linear + activations.copies) * bytes_per_activation
     return of_linear + 1.2 * activations.attention_weights * BYTES_OF_A_SCORE
 
 

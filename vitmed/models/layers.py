@@ -66,7 +66,7 @@ def _product_backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) ->
     over_rows = functools.partial(jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())))
     if x.size <= gradient.size + kernel.size:
         return of_x, over_rows(x, gradient)
-    # The result is transposed as well, after the product: as one, a CPU takes its slower form of products, by a third.
+    # The result is transposed as well, after the product: as one, a CPU takes a form that is slower by a third (others: not measured).
     return of_x, jax.lax.optimization_barrier(over_rows(gradient, x)).T
 
 
