@@ -8,7 +8,7 @@
 The CPU's three rates (memory, linear layers, attention) are fitted to the steps marked so, by least squares of the relative errors, and
 predict the others. Measured are the times that docs/performance.md tells; with --rounds those of this machine, the smallest of the rounds'
 medians, since others on the machine can only add to them. --runs holds finished runs against their whole prediction. The memory's factors,
-in `cost.training_memory`, were fitted to others of these programs, and to some of them.
+in `cost.training_memory`, were fitted to programs of which some are among these.
 """
 
 import pathlib
@@ -112,14 +112,12 @@ def measured_memory(one: experiment.Experiment) -> int:
 def memory(one: experiment.Experiment) -> int:
     """The bytes of the compiled program of a step: `budget.memory` without the process, checkpoints, data and prediction."""
     shape, architecture, cpu = one.shape, one.network.architecture, machine.Device("cpu", "cpu", 1, None)
-    sizes = {name: value for name, value in shape.items() if name != "num_classes"}
-    kept = cost.activations_per_example(**sizes, num_heads=architecture.num_heads, attention=one.attention_form("cpu"))
     images, batch_size, params = budget.micro_batch_size(one, cpu), one.config.train.batch_size, cost.num_params(**shape)
     pixels = int(np.prod(one.image_size))
     waiting = cost.BYTES_OF_A_PARAMETER * (params + batch_size * pixels * one.config.model.in_channels)
     estimate = cost.training_memory(
         num_params=params,
-        activations=kept,
+        activations=budget.activations(one, cpu, architecture.depth),
         block_attention_weights=0,
         num_tokens=one.num_tokens,
         width=architecture.width,

@@ -80,14 +80,14 @@ def largest(planned: planning.Experiment) -> planning.Experiment:
 
 def _memory(planned: planning.Experiment, device: machine.Device, remat: str, images: int | None) -> cost.Memory:
     config, architecture = planned.config, planned.network.architecture
-    activations = _activations(planned, device, adapters.differentiated(planned.tuning, architecture.depth), remat=remat)
+    held = activations(planned, device, adapters.differentiated(planned.tuning, architecture.depth), remat=remat)
     keeps = planned.attention_form(device.platform) == "plain"
     split, sequence = parts(planned, device), max(1, config.mesh.sequence)
     # Of keys and values every device has those of all tokens, kept for each block unless recomputed; of everything else its share.
     blocks = architecture.depth if remat == "none" else 1
     gathered = blocks * 2 * planned.num_tokens * architecture.width if sequence > 1 else 0
-    activations = cost.Activations(*(math.ceil(numbers / sequence) for numbers in activations))
-    activations = activations._replace(linear=activations.linear + gathered)
+    held = cost.Activations(*(math.ceil(numbers / sequence) for numbers in held))
+    held = held._replace(linear=held.linear + gathered)
     params, base = (math.ceil(count / max(1, config.mesh.fsdp)) for count in _trained_and_base(planned))
     images = images or micro_batch_size(planned, device)
     whole = config.train.batch_size // split * math.prod(planned.image_size) * config.model.in_channels  # numbers
@@ -95,7 +95,7 @@ def _memory(planned: planning.Experiment, device: machine.Device, remat: str, im
     at_once, predicted = max(1, images // split), max(1, config.eval.batch_size // split)
     least, likely = cost.training_memory(
         num_params=params,
-        activations=activations,
+        activations=held,
         block_attention_weights=_scores(planned, device, predicted) // predicted,
         num_tokens=math.ceil(planned.num_slices * planned.num_tokens / sequence),
         width=architecture.width,
@@ -129,7 +129,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     elif method == "rollout":
         each += 2 * weights * architecture.depth
     elif method == "gradient":  # a backward pass, as `cost.training_memory` counts it
-        each += math.ceil(cost.backward_memory(_activations(planned, device, architecture.depth)))
+        each += math.ceil(cost.backward_memory(activations(planned, device, architecture.depth)))
     each = at_once * each + _image_bytes(planned)
     most = LARGEST_BATCH["cpu" if device.platform == "cpu" else "other"]
     if device.memory_bytes is None:
@@ -144,7 +144,7 @@ def prediction_batch_size(planned: planning.Experiment, device: machine.Device, 
     return min(most, 2 ** int(math.log2(room / each)))
 
 
-def _activations(planned: planning.Experiment, device: machine.Device, depth: int, *, remat: str = "none") -> cost.Activations:
+def activations(planned: planning.Experiment, device: machine.Device, depth: int, *, remat: str = "none") -> cost.Activations:
     """What a backward pass through so many blocks needs kept of an image, or of all slices of a volume."""
     sizes = {name: value for name, value in planned.shape.items() if name != "num_classes"} | {"depth": depth}
     how = {"num_heads": planned.network.architecture.num_heads, "attention": planned.attention_form(device.platform)}
