@@ -192,13 +192,36 @@ def test_the_whole_forward_pass_agrees_with_numpy_in_float64(image_size, patch_s
 
 
 def test_layer_norm_has_timms_epsilon():
-    norm = layers.layer_norm("norm", jnp.float32)
+    norm = layers.LayerNorm()
     x = np.random.default_rng(0).normal(size=(4, 64))
     for tokens in (x * 1e-3, x + 10):  # a variance as small as epsilon; a mean ten times the deviation, where one pass still suffices
         tokens = tokens.astype(np.float32)
         params = norm.init(jax.random.key(0), tokens)
         expected = normalised(tokens.astype(np.float64), {"scale": 1.0, "bias": 0.0})
         np.testing.assert_allclose(norm.apply(params, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_written_derivative_of_layer_norm_is_that_of_the_plain_formula(dtype):
+    rng, dtype = np.random.default_rng(0), jnp.dtype(dtype)
+    # Rows of which one is nearly constant: there epsilon counts.
+    x = jnp.asarray(rng.normal(size=(2, 3, 24)) * np.array([1e-3, 1, 30])[:, None] + np.array([0, 2, 2])[:, None], dtype)
+    scale, bias, wanted = (rng.normal(size=size).astype(np.float32) for size in (24, 24, x.shape))
+
+    def plain(x, scale, bias):
+        x = x.astype(jnp.float32)
+        deviation = x - x.mean(axis=-1, keepdims=True)
+        return deviation / jnp.sqrt(jnp.square(deviation).mean(axis=-1, keepdims=True) + EPSILON) * scale + bias
+
+    def gradients(of):
+        found = jax.grad(lambda *arguments: (of(*arguments).astype(jnp.float32) * wanted).sum(), argnums=(0, 1, 2))(x, scale, bias)
+        assert [part.dtype for part in found] == [dtype, jnp.float32, jnp.float32]
+        return [np.asarray(part, np.float32) for part in found]
+
+    assert layers.normalise(x, scale, bias, dtype).dtype == dtype
+    rounding = 1e-5 if dtype == jnp.float32 else 1e-2
+    for ours, theirs in zip(gradients(lambda *arguments: layers.normalise(*arguments, dtype)), gradients(plain), strict=True):
+        assert (np.abs(ours - theirs) <= rounding * np.abs(theirs).max(axis=-1, keepdims=True)).all()
 
 
 def test_the_written_derivative_of_gelu_is_that_of_the_plain_formula():

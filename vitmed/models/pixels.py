@@ -23,7 +23,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, patches: jax.Array, plane: tuple[int, int]) -> jax.Array:
         """[B, S, h, w, E] -> mask logits [B, S, *plane] float32."""
-        x = layers.layer_norm("norm", jnp.float32)(patches)
+        x = layers.LayerNorm(name="norm")(patches)
         x = nn.Dense(WIDTH, name="project")(x)
         x = layers.gelu(nn.Conv(WIDTH, (3, 3, 3), name="mix")(x))
         logits = nn.Dense(1, name="logit")(x)[..., 0]

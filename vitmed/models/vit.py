@@ -139,7 +139,7 @@ class ViT(nn.Module):
         num_queries = None if stage == "tokens" else self.num_pooled_tokens
         tokens = self._encode(tokens, factors, num_queries) if encode is None else encode(tokens)
         if self.final_norm:
-            tokens = layers.layer_norm("norm", self.dtype)(tokens)
+            tokens = layers.LayerNorm(self.dtype, name="norm")(tokens)
         if stage == "tokens":
             return tokens
         seen = self._seen(tokens)
@@ -244,7 +244,7 @@ class ViT(nn.Module):
             seen = pool(seen.astype(self.dtype)).astype(jnp.float32)[:, None]
         pooled = seen[:, 0]
         if self.fc_norm:
-            pooled = layers.layer_norm("fc_norm", jnp.float32)(pooled)
+            pooled = layers.LayerNorm(name="fc_norm")(pooled)
         distilled = seen[:, 1] if self.pooling == "distilled" else None
         if self.num_classes is None:
             return pooled if distilled is None else (pooled + distilled) / 2
