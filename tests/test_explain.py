@@ -194,12 +194,13 @@ def test_heat_follows_the_patch_that_alone_is_looked_at():
     images[0, 2:4, 4:6], images[1, 0:2, 2:4] = 3.0, 3.0
     params = jax.tree.map(np.zeros_like, params)
     params["patch_embed"]["kernel"][:, 0], params["patch_embed"]["kernel"][:, 1] = 1.0, -1.0
+    params["cls_token"][0] = np.linspace(-1, 1, 12)  # without it a norm would take away how bright the patch is
     for name in model.block_names:
         for norm in ("norm1", "norm2"):
             params[name][norm]["scale"][:] = 1.0
         kernel = params[name]["attn"]["qkv"]["kernel"]
         params[name]["attn"]["qkv"]["bias"][[0, 4, 8]] = 3.0  # queries, alike in all heads
-        kernel[0, [12, 16, 20]], kernel[0, 24:] = 1.0, 1.0  # keys and values see the brightness
+        kernel[0, [12, 16, 20]], kernel[0, 24:30] = 1.0, 1.0  # keys see the brightness, and half of the values
         params[name]["attn"]["proj"]["kernel"][:] = np.eye(12)
         params[name]["ls1"]["gamma"][:], params[name]["ls2"]["gamma"][:] = 1.0, 1.0
     params["norm"]["scale"][:] = 1.0
