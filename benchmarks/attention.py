@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from vitmed import config
+from vitmed import cli, config
 from vitmed.models import attention
 
 FORMS = tuple(form for form in attention.FORMS if form != "auto")
@@ -56,6 +56,7 @@ def measure(form: str, shape: tuple[int, int, int, int], dtype: str, least: floa
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line per number of tokens."""
     args = arguments(argv)
+    cli.compile_calls_once()
     platform = jax.devices()[0].platform
     print(f"| tokens | {' | '.join(f'{form} ms (MB)' for form in FORMS)} | auto takes |\n|---|{'---|' * len(FORMS)}---|")
     for num_tokens in map(int, args.tokens.split(",")):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitmed import config, cost
+from vitmed import cli, config, cost
 from vitmed.models import attention, build, inputs, vit
 from vitmed.runs import machine
 from vitmed.training import augment, optim, programs, sharding, tasks
@@ -148,6 +148,7 @@ def _warm(call: Callable[[int], float]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every patch size in turn."""
     args = arguments(argv)
+    cli.compile_calls_once()
     result = {}
     for patch in map(int, args.patches.split(",")):
         result[patch] = measure(args, patch)

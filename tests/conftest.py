@@ -10,8 +10,10 @@ import jax
 import killing
 import pytest
 
+from vitmed import cli
 from vitmed import config as config_lib
 
+cli.compile_calls_once()  # as every command does, before JAX looks for devices
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = pathlib.Path(os.environ.get("VITMED_SHARED", ROOT.parent / "shared"))
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
@@ -33,6 +35,28 @@ def finished(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("finished") / "run"
     assert call(main, f"--config={QUICKSTART}:patch=14", f"--workdir={workdir}", *SMALL) == 0
     return workdir
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, cli.SHARED_CALLS),
+        ({"XLA_FLAGS": "--xla_dump_to=/tmp"}, f"--xla_dump_to=/tmp {cli.SHARED_CALLS}"),
+        ({"XLA_FLAGS": cli.SHARED_CALLS}, cli.SHARED_CALLS),
+        ({"XLA_FLAGS": "--xla_backend_extra_options=other"}, "--xla_backend_extra_options=other"),
+    ],
+    ids=["nothing", "others", "the same", "its own options"],
+)
+def test_flags_of_the_user_stay_beside_ours(given, expected):
+    cli.compile_calls_once(given)
+    assert given["XLA_FLAGS"] == expected
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what the CPU's compiler does")
+def test_what_a_program_calls_twice_is_compiled_as_one():
+    once = jax.jit(lambda x: jnp.sin(x) * 2)
+    text = jax.jit(lambda x: once(once(x))).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text()
+    assert text.count(" fusion(") == 2  # else both calls would be one fusion
 
 
 def test_a_run_leaves_what_the_contract_names(finished):

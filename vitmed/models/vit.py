@@ -165,8 +165,8 @@ class ViT(nn.Module):
         if fillers := -num_tokens % self.token_multiple:
             tokens = jnp.pad(tokens, ((0, 0), (0, fillers), (0, 0)))
 
-        # Jitted, so that all blocks but the last are traced, differentiated and lowered as one: half of the time before XLA begins.
-        @functools.partial(jax.jit, static_argnums=3)
+        # Jitted, so that all blocks but the last are traced as one; inlined, since what a call keeps for its derivative is copied first.
+        @functools.partial(jax.jit, static_argnums=3, inline=True)
         def apply(params: Any, tokens: jax.Array, factors: jax.Array | None, num_queries: int | None = None) -> jax.Array:
             return block.apply({"params": params}, tokens, factors, num_queries)
 
