@@ -37,19 +37,23 @@ def finished(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+OURS = f"--xla_backend_extra_options={cli.SHARED_CALLS}"
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, cli.SHARED_CALLS),
-        ({"XLA_FLAGS": "--xla_dump_to=/tmp"}, f"--xla_dump_to=/tmp {cli.SHARED_CALLS}"),
-        ({"XLA_FLAGS": cli.SHARED_CALLS}, cli.SHARED_CALLS),
-        ({"XLA_FLAGS": "--xla_backend_extra_options=other"}, "--xla_backend_extra_options=other"),
+        (None, OURS),
+        ("--xla_dump_to=/tmp", f"--xla_dump_to=/tmp {OURS}"),
+        ("--xla_backend_extra_options=other", f"--xla_backend_extra_options=other {OURS}"),
+        (OURS, OURS),
+        ("/home/me/flags", "/home/me/flags"),
     ],
-    ids=["nothing", "others", "the same", "its own options"],
+    ids=["nothing", "others", "its own options", "the same", "a file"],
 )
-def test_flags_of_the_user_stay_beside_ours(given, expected):
-    cli.compile_calls_once(given)
-    assert given["XLA_FLAGS"] == expected
+def test_a_command_adds_its_flag_to_the_users_own(monkeypatch, given, expected):
+    monkeypatch.delenv("XLA_FLAGS") if given is None else monkeypatch.setenv("XLA_FLAGS", given)
+    assert cli.run_cli(lambda argv: 3 if os.environ["XLA_FLAGS"] == expected else 4, []) == 3
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what the CPU's compiler does")

@@ -16,14 +16,17 @@ LAST_WORDS = "VITMED_LAST_WORDS"  # in the environment of a sweep's point: the o
 
 
 # XLA's CPU compiler then works on what a program calls twice, as a step's two lanes are, once and not twice.
-SHARED_CALLS = "--xla_backend_extra_options=xla_cpu_flatten_after_fusion"
+SHARED_CALLS = "xla_cpu_flatten_after_fusion"
 
 
 def compile_calls_once(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Add SHARED_CALLS to the flags that XLA reads when JAX first looks for devices; options of the user's own stay as they are."""
-    flags = environment.get("XLA_FLAGS", "")
-    if SHARED_CALLS.partition("=")[0] not in flags:
-        environment["XLA_FLAGS"] = f"{flags} {SHARED_CALLS}".strip()
+    """Add SHARED_CALLS to the flags that XLA reads when JAX first looks for devices; the user's own stay as they are.
+
+    Flags that are not flags but the name of a file, which XLA takes as well, are left alone.
+    """
+    flags = environment.get("XLA_FLAGS", "").strip()
+    if SHARED_CALLS not in flags and (not flags or flags.startswith("-")):
+        environment["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={SHARED_CALLS}".strip()
 
 
 class Parser(argparse.ArgumentParser):

@@ -98,16 +98,19 @@ def _normalise_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: A
     mean = wide.mean(axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean))  # rounded, it may be less than 0
     rate = jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, mean, rate, scale)
+    return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, mean, variance, scale)
 
 
 def _normalise_backward(dtype: Any, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, mean, rate, scale = kept
+    x, mean, variance, scale = kept
+    rate = jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
     normed, gradient = (x.astype(jnp.float32) - mean) * rate, gradient.astype(jnp.float32)
     rows, scaled = tuple(range(x.ndim - 1)), gradient * scale
-    # Of the gradient as it would be by mean and variance held fixed, what would move either of them is taken away.
-    moved = scaled.mean(axis=-1, keepdims=True) + normed * (scaled * normed).mean(axis=-1, keepdims=True)
-    return (rate * (scaled - moved)).astype(x.dtype), (gradient * normed).sum(axis=rows), gradient.sum(axis=rows)
+    # Of the gradient as it would be by mean and variance held fixed, what would move either of them is taken away. A variance that rounding
+    # has made 0 is fixed.
+    along = jnp.where(variance > 0, (scaled * normed).mean(axis=-1, keepdims=True), 0.0)
+    of_x = rate * (scaled - scaled.mean(axis=-1, keepdims=True) - normed * along)
+    return of_x.astype(x.dtype), (gradient * normed).sum(axis=rows), gradient.sum(axis=rows)
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)

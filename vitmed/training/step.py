@@ -18,7 +18,7 @@ from vitmed.models import adapters, pixels
 from vitmed.training import augment, tasks
 
 ALIVE = -1  # in `failed_at`: no step has failed
-SMALL = 2**12  # numbers of an array that is summed with others; no device of several holds a share of one so small
+SMALL = 2**12  # numbers of an array that is summed with others: below sharding.SMALLEST_SHARDED, so that every device has all of it
 
 
 @flax.struct.dataclass
