@@ -6,9 +6,10 @@
     python -m benchmarks.prediction --runs=docs/results/study/vit2d
 
 The CPU's three rates (memory, linear layers, attention) are fitted to the steps marked so, by least squares of the relative errors, and
-predict the others. Measured are the times that docs/performance.md tells; with --rounds those of this machine, the smallest of the rounds'
-medians, since others on the machine can only add to them. --runs holds finished runs against their whole prediction. The memory's factors,
-in `cost.training_memory`, were fitted to programs of which some are among these.
+predict the others. Measured are times of docs/performance.md's EPYC on 2026-11-27, a quieter day than that of its table, and of its
+"Growth"; with --rounds those of this machine, the smallest of the rounds' medians, since others on the machine can only add to them. --runs
+holds finished runs against their whole prediction. The memory's factors, in `cost.training_memory`, were fitted to programs of which some
+are among these.
 """
 
 import pathlib
@@ -34,7 +35,7 @@ RUN_FIELDS = ("train.epochs", "train.batch_size", "eval.batch_size")
 
 
 class Point(NamedTuple):
-    """A config's file and arguments, its batch, what docs/performance.md measured, and whether the rates are fitted to it."""
+    """A config's file and arguments, its batch, what the EPYC measured, and whether the rates are fitted to it."""
 
     spec: str
     batch_size: int
