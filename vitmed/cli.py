@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vitmed import config
@@ -19,14 +19,14 @@ LAST_WORDS = "VITMED_LAST_WORDS"  # in the environment of a sweep's point: the o
 SHARED_CALLS = "xla_cpu_flatten_after_fusion"
 
 
-def compile_calls_once(environment: MutableMapping[str, str] = os.environ) -> None:
+def compile_calls_once() -> None:
     """Add SHARED_CALLS to the flags that XLA reads when JAX first looks for devices; the user's own stay as they are.
 
-    Flags that are not flags but the name of a file, which XLA takes as well, are left alone.
+    XLA_FLAGS that name a file of flags, as they may, are left alone: nothing can stand beside it.
     """
-    flags = environment.get("XLA_FLAGS", "").strip()
+    flags = os.environ.get("XLA_FLAGS", "").strip()
     if SHARED_CALLS not in flags and (not flags or flags.startswith("-")):
-        environment["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={SHARED_CALLS}".strip()
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_extra_options={SHARED_CALLS}".strip()
 
 
 class Parser(argparse.ArgumentParser):

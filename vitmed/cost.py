@@ -217,7 +217,7 @@ def training_memory(
     parameters and gradients once more, stacked. A prediction takes 14 numbers for each of a token's channels, and a block's attention
     weights twice (measured by the process's size: XLA does not count them). On 35 programs (vit_ti, vit_s and vit_b, p 28 to 1 in 2D and 7
     to 2 in 3D, one and three runs, both ways, each `remat`, one lane and two) it was from 8 % too low to 20 % too high, before
-    LayerNorm kept less; none had SwiGLU, slices or bfloat16.
+    2026-11-30, when programs came to keep less; none had SwiGLU, slices or bfloat16.
     """
     params, at_once = num_params * BYTES_OF_A_PARAMETER, 1 if mapped else num_runs
     state = (4 + averaged) * params * num_runs + split_bytes
